@@ -1,0 +1,70 @@
+"""Typed, prefixed identifiers and their generator.
+
+An identifier is `<prefix>_<26 base-32 characters>` (130 random bits). Prefixes follow the Anthropic API where it has
+one (`docs/glossary.md`). Clients must treat identifiers as opaque strings.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import uuid
+from typing import NewType, Protocol
+
+OrgId = NewType("OrgId", str)
+WorkspaceId = NewType("WorkspaceId", str)
+UserId = NewType("UserId", str)
+ApiKeyId = NewType("ApiKeyId", str)
+SessionId = NewType("SessionId", str)
+TurnId = NewType("TurnId", str)
+EventId = NewType("EventId", str)
+SlotId = NewType("SlotId", str)
+RequestId = NewType("RequestId", str)
+CredentialId = NewType("CredentialId", str)
+
+ORG = "org"
+WORKSPACE = "wrkspc"
+USER = "user"
+API_KEY = "apikey"
+INVITE = "invite"
+SESSION = "sesn"
+TURN = "turn"
+EVENT = "sevt"
+SLOT = "slot"
+REQUEST = "req"
+MESSAGE = "msg"
+CREDENTIAL = "cred"
+CALL = "call"
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford base 32, lower case: no i, l, o, u
+_SHAPE = re.compile(r"[a-z]+_[0-9A-Za-z_-]{1,120}\Z")
+
+
+class Ids(Protocol):
+    """Where new identifiers come from; injected so that tests are repeatable."""
+
+    def new(self, prefix: str) -> str:
+        """A fresh identifier with this prefix."""
+        ...
+
+    def uuid(self) -> str:
+        """A fresh version-4 UUID: what the Claude CLI uses for sessions and messages."""
+        ...
+
+
+class RandomIds:
+    """Identifiers from the operating system's random source."""
+
+    def new(self, prefix: str) -> str:
+        return f"{prefix}_" + "".join(secrets.choice(_ALPHABET) for _ in range(26))
+
+    def uuid(self) -> str:
+        return str(uuid.uuid4())
+
+
+def well_formed(value: str, prefix: str | None = None) -> bool:
+    """Whether `value` could be an identifier of ours: one prefix, then only letters, digits, `_` and `-`.
+
+    Anything else (a path, a NUL, a space) is refused before it reaches a file name or a query.
+    """
+    return bool(_SHAPE.match(value)) and (prefix is None or value.startswith(prefix + "_"))

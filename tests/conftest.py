@@ -1,0 +1,21 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """The server runs on asyncio; so do its tests."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def real_cli() -> Path:
+    """The Claude CLI binary that the `claude-agent-sdk` wheel brings."""
+    located = importlib.metadata.distribution("claude-agent-sdk").locate_file("claude_agent_sdk/_bundled/claude")
+    return Path(str(located))
