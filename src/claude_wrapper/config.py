@@ -1,0 +1,318 @@
+"""Settings: the only reader of the environment.
+
+Every setting is one field of `Settings`, read from `CLAUDE_WRAPPER_<NAME>` or from the TOML file named by
+`CLAUDE_WRAPPER_CONFIG` (or `--config`), in that order. Unknown keys are errors, in both places. The table in
+`docs/settings.md` is rendered from these fields and a test compares the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from claude_wrapper.errors import ConfigurationError
+
+PREFIX: Final = "CLAUDE_WRAPPER_"
+CONFIG_FILE: Final = PREFIX + "CONFIG"
+
+type_names: Final = {
+    "str": "text",
+    "bool": "true or false",
+    "int": "whole number",
+    "float": "number",
+    "Path": "path",
+    "list": "comma-separated list",
+}
+
+
+def _bool(text: str) -> bool:
+    lowered = text.strip().lower()
+    if lowered in {"true", "1", "yes", "on"}:
+        return True
+    if lowered in {"false", "0", "no", "off"}:
+        return False
+    raise ValueError("expected true or false")
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+_PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "str": str,
+    "bool": _bool,
+    "int": int,
+    "float": float,
+    "Path": _path,
+    "list": _list,
+}
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    kind: str = "str",
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    secret: bool = False,
+    env: str | None = None,
+) -> Any:
+    """One documented setting. `env` names a variable without our prefix that is read when ours is not set."""
+    meta = {"doc": doc, "kind": kind, "choices": choices, "minimum": minimum, "secret": secret, "env": env}
+    return field(default=default, repr=not secret, metadata=meta)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything an operator can decide. Values are validated when they are read; nothing else reads the environment."""
+
+    # Where it listens and keeps things
+    data_dir: Path = setting(
+        Path("./claude-wrapper-data"),
+        "Directory of the database, blobs, keys and running slots. Made with mode 0700.",
+        kind="Path",
+    )
+    host: str = setting("127.0.0.1", "Address to listen on. Set `0.0.0.0` to serve other machines.")
+    port: int = setting(8000, "Port to listen on; 0 takes a free one and prints it.", kind="int", minimum=0)
+    public_url: str | None = setting(None, "The URL by which clients reach this server, if it stands behind a proxy.")
+    drain_seconds: float = setting(
+        30.0, "On SIGTERM, running turns and open streams get this long to end.", kind="float", minimum=0
+    )
+    max_body_bytes: int = setting(
+        32 * 2**20,
+        "Largest request body of the Messages routes, in bytes (the API's own limit is 32 MB).",
+        kind="int",
+        minimum=1024,
+    )
+    # Who may call
+    admin_key: str | None = setting(
+        None,
+        "The operator's API key. Without it one is made at the first start, printed once and kept (hashed) in the data directory.",
+        secret=True,
+    )
+    allow_oauth: bool = setting(
+        False,
+        "Accept a subscription's OAuth tokens (`oauth_credentials`). They are for their owner's own use under the provider's terms.",
+        kind="bool",
+    )
+    # Upstream
+    upstream_url: str = setting(
+        "https://api.anthropic.com", "Base URL of the model API (any server that speaks the Messages API)."
+    )
+    anthropic_api_key: str | None = setting(
+        None, "The operator's own upstream key, for the operator's own people.", secret=True, env="ANTHROPIC_API_KEY"
+    )
+    default_model: str = setting(
+        "claude-sonnet-5-5", "Model of callers that name none (only the routes that allow that)."
+    )
+    upstream_connect_seconds: float = setting(10.0, "Time to connect to the model API.", kind="float", minimum=0.1)
+    upstream_read_seconds: float = setting(
+        300.0, "Longest silence of the model API within an answer.", kind="float", minimum=1
+    )
+    upstream_attempts: int = setting(
+        3, "Attempts per upstream call, the first one included; only before the first byte.", kind="int", minimum=1
+    )
+    breaker_failures: int = setting(
+        5, "Consecutive failures that open the circuit breaker of an upstream and credential.", kind="int", minimum=1
+    )
+    breaker_seconds: float = setting(
+        60.0, "How long an open breaker waits before its one probe.", kind="float", minimum=1
+    )
+    # The process
+    cli: Path | None = setting(
+        None, "The Claude CLI to run; default: the one in the claude-agent-sdk wheel.", kind="Path"
+    )
+    sandbox: str = setting(
+        "auto",
+        "How processes are contained: `auto` takes the strongest level that this host can enforce; a named level that it cannot enforce stops the start.",
+        choices=("auto", "none", "restricted", "bwrap"),
+    )
+    sandbox_require: str | None = setting(
+        None, "Weakest sandbox that is acceptable; the start stops below it.", choices=("none", "restricted", "bwrap")
+    )
+    sandbox_uids: str | None = setting(
+        None, "Range of uids for processes, as `first-last`; needs CAP_SETUID. Default when root: 200000-265535."
+    )
+    security_level: str = setting(
+        "balanced", "What agents may do: see docs/security-levels.md.", choices=("strict", "balanced", "permissive")
+    )
+    egress_hosts: tuple[str, ...] = setting(
+        (),
+        "Hosts that sandboxes with an allow-list may reach, beside the built-in package registries and git hosts; `*.example.com` allows subdomains.",
+        kind="list",
+    )
+    # Pool
+    spares: int = setting(
+        2, "Warm processes kept ready for new conversations of the chat profile.", kind="int", minimum=0
+    )
+    agent_spares: int = setting(
+        1, "Warm processes kept ready for new conversations with built-in tools.", kind="int", minimum=0
+    )
+    max_processes: int = setting(32, "Processes in all, spares included.", kind="int", minimum=1)
+    max_processes_per_org: int = setting(24, "Processes that one organisation may hold.", kind="int", minimum=1)
+    max_processes_per_principal: int = setting(24, "Processes that one key or user may hold.", kind="int", minimum=1)
+    parallel_spawns: int = setting(2, "Processes that may be starting at once.", kind="int", minimum=1)
+    idle_seconds: float = setting(
+        300.0, "An idle conversation's process is ended after this; the conversation is kept.", kind="float", minimum=1
+    )
+    sweep_seconds: float = setting(
+        60.0, "How often idle, old and large processes are looked for.", kind="float", minimum=0.1
+    )
+    freeze_seconds: float = setting(
+        10.0, "An idle process is stopped (no CPU) after this; 0 never freezes.", kind="float", minimum=0
+    )
+    queue_seconds: float = setting(30.0, "Longest wait for a process.", kind="float", minimum=0)
+    queue_length: int = setting(
+        256, "Most requests waiting for a process; more are refused at once.", kind="int", minimum=0
+    )
+    max_turns: int = setting(200, "A process is replaced after this many turns.", kind="int", minimum=1)
+    max_age_seconds: float = setting(
+        6 * 3600.0, "A process is replaced after this long, when idle.", kind="float", minimum=1
+    )
+    max_resident_bytes: int = setting(
+        1024 * 2**20, "A process that is larger than this (resident) is replaced, when idle.", kind="int", minimum=2**20
+    )
+    # Sessions
+    session_seconds: float = setting(
+        3600.0,
+        "A conversation that nobody continued for this long is forgotten, if it was not named or created as a session.",
+        kind="float",
+        minimum=1,
+    )
+    max_queued_turns: int = setting(
+        16, "Turns that may wait in one conversation; more are refused.", kind="int", minimum=1
+    )
+    turn_seconds: float | None = setting(
+        None, "Longest turn; default: what the security level says.", kind="float", minimum=1
+    )
+    # Storage
+    database_url: str | None = setting(
+        None, "SQLAlchemy URL (`postgresql+asyncpg://…`); default: SQLite in the data directory.", secret=True
+    )
+    redis_url: str | None = setting(
+        None, "Redis or Valkey for shared state between replicas; default: this process's memory.", secret=True
+    )
+    blob_url: str | None = setting(
+        None,
+        "Where snapshots and files are kept: `s3://`, `gs://`, `az://` or a directory; default: in the data directory.",
+    )
+    master_key: str | None = setting(
+        None,
+        "Master key of the vault (base64 of 32 bytes); default: a file of mode 0600 in the data directory.",
+        secret=True,
+    )
+    # Watching it
+    log_level: str = setting("info", "Least severe log lines to write.", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting(
+        "auto", "`json`, `console`, or `auto`: console on a terminal.", choices=("auto", "json", "console")
+    )
+    metrics_org_label: bool = setting(
+        False, "Give metrics a label with the organisation's id (unbounded: small installations only).", kind="bool"
+    )
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            _check(one, getattr(self, one.name))
+
+
+def _check(one: dataclasses.Field[Any], value: Any) -> None:
+    name = PREFIX + one.name.upper()
+    if value is None:
+        return
+    choices: tuple[str, ...] = one.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigurationError(f"{name}: {value!r} is not one of {', '.join(choices)}")
+    minimum = one.metadata["minimum"]
+    if minimum is not None and value < minimum:
+        raise ConfigurationError(f"{name}: {value} is below the least value {minimum}")
+
+
+def load(environ: Mapping[str, str], *, file: Path | None = None, **overrides: Any) -> Settings:
+    """Settings from the environment, then the TOML file, then the defaults; `overrides` (command line) win.
+
+    Raises ConfigurationError with the name of the offending key.
+    """
+    known = {one.name: one for one in fields(Settings)}
+    if file is None and (named := environ.get(CONFIG_FILE)):
+        file = Path(named).expanduser()
+    values: dict[str, Any] = dict(_from_file(file, known)) if file else {}
+    for variable, text in environ.items():
+        if not variable.startswith(PREFIX) or variable == CONFIG_FILE:
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name not in known:
+            raise ConfigurationError(f"{variable}: there is no such setting; see docs/settings.md")
+        values[name] = _parse(variable, known[name], text)
+    for name, one in known.items():
+        fallback = one.metadata["env"]
+        if fallback and name not in values and environ.get(fallback):
+            values[name] = _parse(fallback, one, environ[fallback])
+    values.update({name: value for name, value in overrides.items() if value is not None})
+    return Settings(**values)
+
+
+def _from_file(file: Path, known: Mapping[str, dataclasses.Field[Any]]) -> Mapping[str, Any]:
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"{file}: cannot be read as TOML: {error}") from error
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        if name not in known:
+            raise ConfigurationError(f"{file}: there is no setting {name!r}; see docs/settings.md")
+        kind = known[name].metadata["kind"]
+        text = ",".join(map(str, value)) if isinstance(value, list) and kind == "list" else _toml_text(value)
+        values[name] = _parse(f"{file}: {name}", known[name], text)
+    return values
+
+
+def _toml_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _parse(where: str, one: dataclasses.Field[Any], text: str) -> Any:
+    kind: str = one.metadata["kind"]
+    if text == "" and one.default is None:
+        return None
+    try:
+        return _PARSERS[kind](text)
+    except ValueError as error:
+        shown = "" if one.metadata["secret"] else f" {text!r}"
+        raise ConfigurationError(f"{where}:{shown} is not a {type_names[kind]}") from error
+
+
+def documentation() -> str:
+    """The settings as a Markdown table: the content of `docs/settings.md`."""
+    lines = [
+        "# Settings",
+        "",
+        "Read from the environment, else from the TOML file named by `CLAUDE_WRAPPER_CONFIG` (same names in lower case, without the prefix).",
+        "An unknown key, in either place, stops the start. This page is generated (`make docs`).",
+        "",
+        "| variable | type | default | what it decides |",
+        "|---|---|---|---|",
+    ]
+    for one in fields(Settings):
+        meta = one.metadata
+        kind = " \\| ".join(f"`{c}`" for c in meta["choices"]) or type_names[meta["kind"]]
+        default = (
+            ""
+            if one.default is None or one.default == ()
+            else f"`{str(one.default).lower() if isinstance(one.default, bool) else one.default}`"
+        )
+        doc = (
+            meta["doc"]
+            + (f" Also read from `{meta['env']}`." if meta["env"] else "")
+            + (" Secret." if meta["secret"] else "")
+        )
+        lines.append(f"| `{PREFIX}{one.name.upper()}` | {kind} | {default} | {doc} |")
+    return "\n".join(lines) + "\n"
