@@ -1,1 +1,1 @@
-
+"""Rate limits, concurrency and budgets; `admission` asks them in order."""
