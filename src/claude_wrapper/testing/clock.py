@@ -27,6 +27,7 @@ class ManualClock:
         self._monotonic = monotonic
         self._order = itertools.count()
         self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._slept = asyncio.Event()
 
     def now(self) -> datetime:
         return self._now
@@ -40,6 +41,7 @@ class ManualClock:
             return
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._sleepers, (self._monotonic + seconds, next(self._order), woken))
+        self._slept.set()
         await woken
 
     @property
@@ -48,9 +50,10 @@ class ManualClock:
         return sum(not woken.done() for _, _, woken in self._sleepers)
 
     async def wait_for_sleepers(self, count: int = 1) -> None:
-        """Give the event loop turns until at least `count` tasks sleep. Bound it with `asyncio.timeout`."""
+        """Return once at least `count` tasks sleep. Bound it with `asyncio.timeout`."""
         while self.sleepers < count:
-            await asyncio.sleep(0)
+            self._slept.clear()
+            await self._slept.wait()
 
     async def advance(self, seconds: float) -> None:
         """Move time forward and let everything that is due run, in order."""

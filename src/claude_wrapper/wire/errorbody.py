@@ -1,0 +1,78 @@
+"""Errors as the Anthropic API writes them (wire-api 0.3), in the superset form that OpenAI clients can read too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from claude_wrapper.wire import sse
+
+TYPE_OF_STATUS: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "api_error",
+    502: "api_error",
+    503: "api_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+"""The `error.type` that goes with each HTTP status."""
+
+STATUS_OF_TYPE: Mapping[str, int] = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "timeout_error": 504,
+    "conflict_error": 409,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "overloaded_error": 529,
+}
+"""The HTTP status of an error that is only known by its type, as in an `error` event."""
+
+
+def type_of_status(status: int) -> str:
+    """The error type for any HTTP status; unlisted ones by their class."""
+    return TYPE_OF_STATUS.get(status) or ("invalid_request_error" if 400 <= status < 500 else "api_error")
+
+
+def error_object(
+    error_type: str, message: str, request_id: str | None, details: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`{"type":"error","error":{type,message,details?,code,param},"request_id"}`.
+
+    `details.error_code` selects the SDK's exception class. `code` and `param` are what OpenAI clients look for.
+    """
+    error: dict[str, Any] = {"type": error_type, "message": message}
+    if details:
+        error["details"] = dict(details)
+    error["code"] = (details or {}).get("error_code")
+    error["param"] = (details or {}).get("field")
+    return {"type": "error", "error": error, "request_id": request_id}
+
+
+def error_body(
+    error_type: str, message: str, request_id: str | None, details: Mapping[str, Any] | None = None
+) -> bytes:
+    """The JSON body of an error answer."""
+    return msgspec.json.encode(error_object(error_type, message, request_id, details))
+
+
+def error_frame(
+    error_type: str, message: str, request_id: str | None, details: Mapping[str, Any] | None = None
+) -> bytes:
+    """The SSE frame that ends a stream which has already begun."""
+    return sse.encode("error", error_body(error_type, message, request_id, details))
