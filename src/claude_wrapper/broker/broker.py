@@ -1,0 +1,232 @@
+"""The broker: opens an endpoint per slot and owns what they share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import socket as sockets
+from pathlib import Path
+
+from claude_wrapper.broker.breaker import BreakerView
+from claude_wrapper.broker.calls import CallSink, Gate, Observer
+from claude_wrapper.broker.endpoint import Endpoint
+from claude_wrapper.broker.http1 import Connection, Handler, Head
+from claude_wrapper.broker.lines import Lines
+from claude_wrapper.broker.means import LooseEnds, Means
+from claude_wrapper.broker.refusals import refuse
+from claude_wrapper.broker.settings import BrokerSettings
+from claude_wrapper.broker.upstream import Upstream
+from claude_wrapper.clock import Clock
+from claude_wrapper.errors import ConfigurationError, Conflict
+from claude_wrapper.ids import Ids
+
+SOCKET_BASE_URL = "http://broker.invalid"
+"""Base URL for a process that speaks over its unix socket: a name that no resolver knows."""
+
+_BACKLOG = 128
+_LOOPBACK = "127.0.0.1"
+
+
+class Broker:
+    """Processes' only way to a model. `start`, then `open` an endpoint per slot, `close` at the end."""
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        clock: Clock,
+        ids: Ids,
+        gate: Gate,
+        sink: CallSink,
+        *,
+        observer: Observer | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`rng` spreads retries and decides nothing else."""
+        observer = observer or Observer()
+        self._means = Means(
+            settings=settings,
+            clock=clock,
+            ids=ids,
+            gate=gate,
+            sink=sink,
+            observer=observer,
+            upstream=Upstream(settings.connect_seconds, settings.read_seconds),
+            lines=Lines(settings, clock, observer),
+            loose_ends=LooseEnds(),
+            rng=rng or random.Random(),  # noqa: S311 (jitter, not a secret)
+        )
+        self._endpoints: dict[str, Endpoint] = {}
+        self._servers: dict[str, asyncio.Server] = {}
+        self._loopback = _Loopback(self._means)
+        self._started = False
+
+    async def start(self) -> None:
+        """Get ready to open endpoints."""
+        await self._means.upstream.start()
+        self._started = True
+
+    async def close(self) -> None:
+        """Close all endpoints; books of calls in flight are finished within bounds. Idempotent."""
+        self._started = False
+        await asyncio.gather(*(endpoint.close() for endpoint in list(self._endpoints.values())))
+        await self._loopback.close()
+        await self._means.loose_ends.finish(self._means.settings.finish_seconds)
+        await self._means.upstream.close()
+
+    async def open(self, slot: str, socket: Path | None) -> Endpoint:
+        """The endpoint of `slot`: on the unix socket `socket` (its directory exists and belongs to the process's uid),
+        or on a loopback path with a random token.
+
+        Raises Conflict if the slot has one already or the broker is not running, ConfigurationError if the socket
+        cannot be made.
+        """
+        if not self._started or slot in self._endpoints:
+            raise Conflict(
+                f"slot {slot}: " + ("has an endpoint already" if self._started else "the broker is not running")
+            )
+        secret = self._secret()
+        base_url = SOCKET_BASE_URL if socket is not None else await self._loopback.base_url(secret)
+        endpoint = Endpoint(
+            self._means,
+            slot=slot,
+            token=f"sk-ant-slot-{self._secret()}",
+            base_url=base_url,
+            socket=socket,
+            on_close=self._closed,
+        )
+        self._endpoints[slot] = endpoint
+        if socket is None:
+            self._loopback.add(secret, endpoint)
+            return endpoint
+        try:
+            self._servers[slot] = await _listen(socket, endpoint, self._means.settings)
+        except OSError as error:
+            del self._endpoints[slot]
+            raise ConfigurationError(f"cannot listen on {socket}: {error.strerror or error}") from error
+        return endpoint
+
+    def breakers(self) -> tuple[BreakerView, ...]:
+        """Breakers that have seen failures."""
+        return self._means.lines.views()
+
+    def _secret(self) -> str:
+        """Two identifiers' worth of randomness: 260 bits."""
+        return "".join(self._means.ids.new("x").partition("_")[2] for _ in range(2))
+
+    async def _closed(self, endpoint: Endpoint) -> None:
+        self._endpoints.pop(endpoint.slot, None)
+        self._loopback.remove(endpoint)
+        server = self._servers.pop(endpoint.slot, None)
+        if server is not None:
+            server.close()
+        if endpoint.socket is not None:
+            with contextlib.suppress(OSError):
+                endpoint.socket.unlink()
+
+
+async def _listen(path: Path, endpoint: Endpoint, settings: BrokerSettings) -> asyncio.Server:
+    """Listen so that only the owner of the socket's directory can connect."""
+    listener = bind_private(path)
+    try:
+        loop = asyncio.get_running_loop()
+        return await loop.create_unix_server(lambda: Connection(endpoint, settings), sock=listener, backlog=_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+
+
+def bind_private(path: Path) -> sockets.socket:
+    """A unix socket at `path`, mode 0600, owned by the owner of its directory.
+
+    The directory belongs to the tenant: it is opened without following a link, and the socket's mode is set before it
+    has a name (Linux takes it from the descriptor), so nothing is ever changed through a path that could be swapped.
+    Paths longer than a socket address are reached through the directory's descriptor.
+    """
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    listener = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM | sockets.SOCK_CLOEXEC | sockets.SOCK_NONBLOCK)
+    try:
+        owner = os.fstat(directory)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path.name, dir_fd=directory)  # left by a server that was killed
+        os.fchmod(listener.fileno(), 0o600)
+        listener.bind(f"/proc/self/fd/{directory}/{path.name}")
+        if owner.st_uid != os.geteuid():
+            os.chown(path.name, owner.st_uid, owner.st_gid, dir_fd=directory, follow_symlinks=False)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.close(directory)
+    return listener
+
+
+class _Loopback:
+    """One TCP listener for all slots that have no socket; a path token of 260 bits tells them apart."""
+
+    def __init__(self, means: Means) -> None:
+        self._means = means
+        self._by_secret: dict[str, Endpoint] = {}
+        self._of_connection: dict[Connection, Endpoint | None] = {}
+        self._server: asyncio.Server | None = None
+        self._starting = asyncio.Lock()
+
+    async def base_url(self, secret: str) -> str:
+        async with self._starting:
+            if self._server is None:
+                settings = self._means.settings
+                loop = asyncio.get_running_loop()
+                self._server = await loop.create_server(
+                    lambda: Connection(self, settings), _LOOPBACK, 0, backlog=_BACKLOG
+                )
+        port = self._server.sockets[0].getsockname()[1]
+        return f"http://{_LOOPBACK}:{port}/{secret}"
+
+    def add(self, secret: str, endpoint: Endpoint) -> None:
+        self._by_secret[secret] = endpoint
+
+    def remove(self, endpoint: Endpoint) -> None:
+        for secret in [secret for secret, known in self._by_secret.items() if known is endpoint]:
+            del self._by_secret[secret]
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for connection in list(self._of_connection):
+            connection.abort()
+
+    def enter(self, connection: Connection) -> bool:
+        if len(self._of_connection) >= self._means.settings.max_connections * max(1, len(self._by_secret)):
+            return False
+        self._of_connection[connection] = None
+        return True
+
+    def leave(self, connection: Connection) -> None:
+        endpoint = self._of_connection.pop(connection, None)
+        if endpoint is not None:
+            endpoint.leave(connection)
+
+    def choose(self, head: Head, connection: Connection) -> Handler:
+        if not head.target.startswith("/"):
+            raise refuse(404, "not_found_error", "There is nothing here.")
+        secret, slash, rest = head.target[1:].partition("/")
+        endpoint = self._by_secret.get(secret)
+        if endpoint is None:
+            raise refuse(404, "not_found_error", "There is nothing here.")
+        head.target = slash + rest if slash else "/"
+        self._settle(connection, endpoint)
+        return endpoint.choose(head, connection)
+
+    def _settle(self, connection: Connection, endpoint: Endpoint) -> None:
+        """A connection belongs to the endpoint that it asked first."""
+        known = self._of_connection.get(connection)
+        if known is endpoint:
+            return
+        if known is not None or not endpoint.enter(connection):
+            raise refuse(429, "rate_limit_error", "Too many connections to this endpoint.", 1)
+        self._of_connection[connection] = endpoint
+
+    def fault(self, error: BaseException) -> None:
+        self._means.observer.fault("loopback listener", error)

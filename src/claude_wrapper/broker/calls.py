@@ -1,0 +1,177 @@
+"""What the broker talks about: credentials, who a slot works for, a turn, and what happened upstream."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
+
+from claude_wrapper.wire.usage import Usage
+
+DONE_BY_CLIENT = 499
+"""Status of a call that the process, or the turn's end, cut before it was answered."""
+
+
+class CredentialKind(enum.StrEnum):
+    """How a credential is presented upstream."""
+
+    API_KEY = "api_key"
+    """`x-api-key`."""
+    OAUTH = "oauth"
+    """`Authorization: Bearer` with the beta `oauth-2025-04-20`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """A real upstream credential. It never reaches a process."""
+
+    id: str
+    kind: CredentialKind
+    secret: str = field(repr=False)
+    base_url: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Further headers for this upstream; they replace those of the process."""
+    provider: str = "anthropic"
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Who a slot works for; set at claim, cleared at release."""
+
+    org: str
+    workspace: str | None
+    key_id: str | None
+    user: str | None
+    session: str
+    credential: Credential
+    allowed_models: frozenset[str] | None = None
+    """Models that the process may ask for; None: any."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnContext:
+    """What holds for the requests of one turn."""
+
+    turn: str
+    model: str
+    system: list[dict[str, Any]] | None = None
+    """System blocks that take the place of the placeholder block; None removes it."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Fields merged into the main request's body (`max_tokens`, `temperature`, …); None removes a field."""
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """Trace headers (`traceparent`, `tracestate`) for the upstream request."""
+    placeholder: bool = False
+    """Whether the process was primed with the placeholder: then only a request that carries it is the main one."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamCall:
+    """One call to an upstream, after all its attempts: what was really asked, answered and used."""
+
+    id: str
+    turn: str | None
+    session: str
+    org: str
+    workspace: str | None
+    key_id: str | None
+    user: str | None
+    credential_id: str
+    path: str
+    model: str
+    """The model that was asked for; empty for the model list."""
+    status: int
+    """The upstream's own status; 502 unreachable, 504 no answer in time, 503 breaker open, 499 cut by the process."""
+    error_type: str | None
+    error_message: str | None
+    upstream_request_id: str | None
+    usage: Usage
+    started_at: datetime
+    first_byte_seconds: float | None
+    total_seconds: float
+    attempts: int
+    """Upstream requests sent; 0: the broker refused before it asked anybody."""
+    stream_complete: bool
+    """Whether the answer arrived whole; for a stream: up to `message_stop`."""
+    main: bool
+    """Whether this was (a step of) the turn's own request, not a side request of the CLI."""
+    cache_hit: bool = False
+    retry_after: float | None = None
+    """Seconds that the upstream, the gate or the breaker asked to wait."""
+    stop_reason: str | None = None
+
+
+class Reservation(Protocol):
+    """Room in a budget, held for one call. Exactly one of the two methods is called, once."""
+
+    async def settle(self, call: UpstreamCall) -> None:
+        """The call was sent: replace the estimate by what it used."""
+        ...
+
+    async def cancel(self) -> None:
+        """Nothing was sent: give the room back."""
+        ...
+
+
+class Gate(Protocol):
+    """Whether a call may be made."""
+
+    async def reserve(self, binding: Binding, turn: TurnContext | None, model: str, estimate: Usage) -> Reservation:
+        """Hold room for a call, or raise BudgetExceeded, RateLimited, PermissionDenied, …"""
+        ...
+
+
+class CallSink(Protocol):
+    """Where calls are written down: the ledger."""
+
+    async def record(self, call: UpstreamCall) -> None:
+        """Called exactly once per call that was sent."""
+        ...
+
+
+class Observer:
+    """Hooks for telemetry. This one does nothing: subclass and override what matters.
+
+    Hooks are called on the event loop, must be quick and must not raise.
+    """
+
+    def first_byte(self, binding: Binding, turn: TurnContext | None, seconds: float) -> None:
+        """The first byte of an answer went to the process."""
+
+    def finished(self, call: UpstreamCall) -> None:
+        """A call ended; also those that the broker refused (`attempts == 0`)."""
+
+    def retrying(self, binding: Binding, attempt: int, status: int, delay: float) -> None:
+        """Attempt number `attempt` failed with `status`; the next begins in `delay` seconds."""
+
+    def breaker(self, upstream: str, credential_id: str, state: str) -> None:
+        """A breaker changed its state to closed, open or half_open."""
+
+    def egress(self, slot: str, host: str, port: int, allowed: bool, reason: str) -> None:
+        """A process asked to connect to `host:port` through the egress proxy."""
+
+    def fault(self, where: str, error: BaseException) -> None:
+        """Something raised that should not have; the call was answered with an error."""
+
+
+class NoGate:
+    """A gate that lets everything through: a server without budgets."""
+
+    async def reserve(self, binding: Binding, turn: TurnContext | None, model: str, estimate: Usage) -> Reservation:
+        return _NoReservation()
+
+
+class _NoReservation:
+    async def settle(self, call: UpstreamCall) -> None:
+        return None
+
+    async def cancel(self) -> None:
+        return None
+
+
+class NoSink:
+    """A sink that forgets: a server without a ledger."""
+
+    async def record(self, call: UpstreamCall) -> None:
+        return None

@@ -1,0 +1,256 @@
+"""One slot's way out: who it works for now, which turn runs, and the calls of that turn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+from claude_wrapper import ids
+from claude_wrapper.broker import bodies, canned, inject, policy
+from claude_wrapper.broker.calls import Binding, TurnContext, UpstreamCall
+from claude_wrapper.broker.exchange import Exchange, Order
+from claude_wrapper.broker.http1 import Connection, Handler, Head, Reply
+from claude_wrapper.broker.means import Means
+from claude_wrapper.broker.policy import Kind, Route
+from claude_wrapper.broker.refusals import NO_TURN, TOO_MANY_CALLS, UNBOUND, WRONG_TOKEN, Refused, refuse
+from claude_wrapper.errors import Conflict
+from claude_wrapper.wire.usage import Usage
+
+_CLOSING_GRACE = 0.25
+"""Seconds for an answer that was seen to its end to close: its connection is then kept for the next call."""
+
+
+_UNBOOKED = 4
+"""How many times `max_calls` may wait for their books (a slow ledger must not pile up work without bound)."""
+
+
+class Endpoint:
+    """The broker's listener of one slot. Made by `Broker.open`."""
+
+    def __init__(
+        self,
+        means: Means,
+        *,
+        slot: str,
+        token: str,
+        base_url: str,
+        socket: Path | None,
+        on_close: Callable[[Endpoint], Awaitable[None]],
+    ) -> None:
+        self.slot = slot
+        self.token = token
+        """The dummy credential that the process gets."""
+        self.base_url = base_url
+        self.socket = socket
+        self._means = means
+        self._on_close = on_close
+        self._binding: Binding | None = None
+        self._turn: TurnContext | None = None
+        self._priming = 0
+        self._closed = False
+        self._connections: set[Connection] = set()
+        self._running: set[Exchange] = set()
+        self._of_turn: list[Exchange] = []
+        self._in_work = 0
+        self._buffered = 0
+        self._main_cut = False
+        self._last_error: UpstreamCall | None = None
+
+    # What sessions and pool use --------------------------------------------------------------------------------------
+
+    @property
+    def binding(self) -> Binding | None:
+        return self._binding
+
+    @property
+    def last_error(self) -> UpstreamCall | None:
+        """The last call of this turn that failed; None if none did, or a later main call succeeded."""
+        return self._last_error
+
+    def bind(self, binding: Binding) -> None:
+        """The slot works for `binding` from now on. Raises Conflict if it still works for somebody else."""
+        if self._binding is not None and self._binding.org != binding.org:
+            raise Conflict(f"slot {self.slot} is still bound to another organisation")
+        self._binding = binding
+        self._last_error = None
+
+    def unbind(self) -> None:
+        """The slot works for nobody: calls in flight are cut, further ones are refused."""
+        self._binding = None
+        self._turn = None
+        for exchange in self._running:
+            exchange.cancel()
+
+    def begin(self, turn: TurnContext) -> None:
+        """A turn begins. Raises InvalidRequest-like `Conflict` when the slot is unbound or the turn cannot be made."""
+        if self._binding is None:
+            raise Conflict(f"slot {self.slot} is not bound to a session")
+        if refused := bodies.refused_overrides(self._binding.credential.kind, turn):
+            raise Conflict(f"an OAuth credential does not allow: {', '.join(refused)}")
+        self._turn = turn
+        self._of_turn = []
+        self._main_cut = False
+        self._last_error = None
+
+    async def end(self) -> tuple[UpstreamCall, ...]:
+        """The turn is over: cut what is in flight, wait until all is settled, return the turn's calls in order."""
+        exchanges = list(self._of_turn)
+        self._turn = None
+        await self._stop(exchanges)
+        return tuple(exchange.call for exchange in exchanges if exchange.call is not None and exchange.call.attempts)
+
+    async def cancel_calls(self) -> None:
+        """Cut what is in flight (the caller has gone); the turn goes on."""
+        await self._stop(list(self._running))
+
+    @contextlib.contextmanager
+    def prime(self) -> Iterator[None]:
+        """While this is on, the broker answers message requests by itself; nothing is recorded."""
+        self._priming += 1
+        try:
+            yield
+        finally:
+            self._priming -= 1
+
+    async def close(self) -> None:
+        """Cut everything and stop listening. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.unbind()
+        await self._stop(list(self._running))
+        for connection in list(self._connections):
+            connection.abort()
+        await self._on_close(self)
+
+    async def _stop(self, exchanges: list[Exchange]) -> None:
+        for exchange in exchanges:
+            if exchange.call is None and not (exchange.answered and await exchange.wait(_CLOSING_GRACE)):
+                exchange.cancel()
+        await asyncio.gather(*(exchange.wait(self._means.settings.finish_seconds) for exchange in exchanges))
+
+    # The listener's side (http1.Front and http1.Handler) ----------------------------------------------------------------
+
+    def enter(self, connection: Connection) -> bool:
+        if self._closed or len(self._connections) >= self._means.settings.max_connections:
+            return False
+        self._connections.add(connection)
+        return True
+
+    def leave(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+
+    def choose(self, head: Head, connection: Connection) -> Handler:
+        """Refuse by the head alone whatever can be: nothing of its body is then kept."""
+        route = policy.decide(head.method, head.target)
+        if route.kind is not Kind.PING:
+            if not inject.token_matches(inject.presented_token(head.headers), self.token):
+                raise Refused(WRONG_TOKEN)
+            self._must_be_open(route)
+        most = self._means.settings.max_calls
+        if self._in_work >= most or len(self._running) >= _UNBOOKED * most:
+            raise Refused(TOO_MANY_CALLS)
+        return self
+
+    def fault(self, error: BaseException) -> None:
+        self._means.observer.fault(f"endpoint of slot {self.slot}", error)
+
+    def hold(self, size: int) -> bool:
+        if self._buffered + size > self._means.settings.max_buffered_bytes:
+            return False
+        self._buffered += size
+        return True
+
+    def release(self, size: int) -> None:
+        self._buffered -= size
+
+    async def handle(self, head: Head, body: bytes, reply: Reply) -> None:
+        route = policy.decide(head.method, head.target)
+        self._in_work += 1
+        try:
+            if route.kind is Kind.PING:
+                reply.whole(200, [], b"")
+            elif self._priming:
+                self._answer_priming(route, body, reply)
+            else:
+                await self._pass_on(route, head, body, reply)
+        finally:
+            self._in_work -= 1
+
+    # Within ------------------------------------------------------------------------------------------------------------
+
+    def _must_be_open(self, route: Route) -> None:
+        if self._priming:
+            return
+        if self._binding is None:
+            raise Refused(UNBOUND)
+        if route.kind is Kind.MESSAGES and self._turn is None and not self._means.settings.calls_between_turns:
+            raise Refused(NO_TURN)
+
+    def _answer_priming(self, route: Route, body: bytes, reply: Reply) -> None:
+        if route.kind is Kind.COUNT_TOKENS:
+            reply.whole(200, [("content-type", "application/json")], canned.token_count())
+            return
+        if route.kind is not Kind.MESSAGES:
+            raise Refused(UNBOUND)
+        asked = bodies.read(body)
+        message_id = self._means.ids.new(ids.MESSAGE)
+        if asked.stream:
+            reply.whole(200, [("content-type", "text/event-stream")], canned.stream(asked.model, message_id))
+        else:
+            reply.whole(200, [("content-type", "application/json")], canned.message(asked.model, message_id))
+
+    async def _pass_on(self, route: Route, head: Head, body: bytes, reply: Reply) -> None:
+        self._must_be_open(route)  # again: the binding may have gone while the body came
+        binding = self._binding
+        if binding is None:
+            raise Refused(UNBOUND)
+        if route.kind is Kind.MCP:
+            raise refuse(404, "not_found_error", "There is no such MCP server.")
+        order = self._order(binding, route, head, body)
+        exchange = Exchange(self._means, order, self._note)
+        self._running.add(exchange)
+        if order.turn is not None:
+            self._of_turn.append(exchange)
+        await exchange.run(reply)
+
+    def _order(self, binding: Binding, route: Route, head: Head, body: bytes) -> Order:
+        turn = self._turn
+        if route.kind is Kind.MODELS:
+            return Order(binding, turn, route, head.method, "", Usage(), main=False, headers=head.headers, body=None)
+        asked = bodies.read(body)
+        if binding.allowed_models is not None and asked.model not in binding.allowed_models:
+            raise refuse(403, "permission_error", f"The model {asked.model[:100]!r} is not allowed here.")
+        rewritten = bodies.rewrite(asked, turn, binding.credential.kind, repeats_cut_stream=self._main_cut)
+        messages = route.kind is Kind.MESSAGES
+        estimate = Usage()
+        if messages:
+            most = self._means.settings.estimate_output_tokens
+            estimate = Usage(input_tokens=len(body) // 4, output_tokens=min(asked.max_tokens or most, most))
+        main = rewritten.main and messages
+        return Order(
+            binding,
+            turn,
+            route,
+            head.method,
+            asked.model,
+            estimate,
+            main=main,
+            headers=head.headers,
+            body=rewritten.body,
+        )
+
+    def _note(self, exchange: Exchange) -> None:
+        """A call was settled and recorded."""
+        self._running.discard(exchange)
+        call = exchange.call
+        if call is None or exchange.order.turn is not self._turn or self._turn is None:
+            return
+        if call.error_type is not None:
+            self._last_error = call
+            self._main_cut = call.main and call.error_type == "stream_cut"
+        elif call.main:
+            self._last_error = None
+            self._main_cut = False

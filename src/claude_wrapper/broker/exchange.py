@@ -1,0 +1,323 @@
+"""One request of a process, from the gate to the ledger.
+
+reserve → attempts (breaker, retries) → stream to the process, metering → settle → record. However it ends - answered,
+refused, cut by either side, cancelled at any await - the reservation is settled or cancelled once, and a call that was
+sent is recorded once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from claude_wrapper import errors, ids
+from claude_wrapper.broker import inject, retry
+from claude_wrapper.broker.attempt import Opened, Rejected, attempt, request_id
+from claude_wrapper.broker.breaker import Verdict, verdict
+from claude_wrapper.broker.calls import DONE_BY_CLIENT, Binding, Reservation, TurnContext, UpstreamCall
+from claude_wrapper.broker.http1 import Reply
+from claude_wrapper.broker.inject import Headers
+from claude_wrapper.broker.means import Means
+from claude_wrapper.broker.meter import Meter
+from claude_wrapper.broker.policy import Kind, Route
+from claude_wrapper.broker.refusals import INTERNAL, Refusal, Refused, refusal_of
+from claude_wrapper.broker.upstream import Ask, UpstreamFailure
+from claude_wrapper.wire.usage import Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is asked, for whom."""
+
+    binding: Binding
+    turn: TurnContext | None
+    route: Route
+    method: str
+    model: str
+    estimate: Usage
+    main: bool
+    headers: Headers = field(repr=False)
+    """The process's own."""
+    body: bytes | None = field(repr=False)
+
+
+class Exchange:
+    """One order on its way. `run` once."""
+
+    def __init__(self, means: Means, order: Order, done: Callable[[Exchange], None]) -> None:
+        """`done` is called when the call has been settled and recorded."""
+        self._means = means
+        self._order = order
+        self._done = done
+        self._began = means.clock.monotonic()
+        self._began_at = means.clock.now()
+        self._meter = Meter(streamed=True, max_json_bytes=0)
+        self._task: asyncio.Task[None] | None = None
+        self._finished = asyncio.Event()
+        # What is known so far:
+        self._status = DONE_BY_CLIENT
+        self._error: tuple[str, str] | None = ("cancelled", "The call was cut before it was answered.")
+        self._request_id: str | None = None
+        self._first_byte: float | None = None
+        self._retry_after: float | None = None
+        self._attempts = 0
+        self._complete = False
+        self.call: UpstreamCall | None = None
+        """What came of it; None while it is under way. `wait` says when it is also settled and recorded."""
+
+    @property
+    def order(self) -> Order:
+        return self._order
+
+    @property
+    def answered(self) -> bool:
+        """Whether all of the answer has been seen; only closing remains."""
+        return self._meter.complete or self._complete
+
+    def cancel(self) -> None:
+        """Cut the call; it is settled and recorded all the same."""
+        if self._task is not None and self.call is None:
+            self._task.cancel()
+
+    async def wait(self, seconds: float) -> bool:
+        """Until it is settled and recorded; False: not within `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._finished.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def run(self, reply: Reply) -> None:
+        """Make the call and stream its answer. Raises `Refused` if nothing was sent to the process."""
+        self._task = asyncio.current_task()
+        reservation: Reservation | None = None
+        try:
+            reservation = await self._reserve()
+            await self._converse(reply)
+        except Refused as refused:
+            self._refused(refused.refusal)
+            raise
+        except Exception:
+            self._refused(INTERNAL)
+            raise
+        finally:
+            # Not awaited: the process may go on while the books are written, and a cancelled call is booked all the same.
+            self.call = self._summary()
+            self._means.loose_ends.start(self._finish(self.call, reservation))
+
+    # The gate ------------------------------------------------------------------------------------------------------
+
+    async def _reserve(self) -> Reservation | None:
+        """Ask the gate in a task of its own: a reservation that is made while we are cancelled must not get lost."""
+        order, means = self._order, self._means
+        if order.route.kind is Kind.MODELS:
+            return None
+        asking = asyncio.ensure_future(means.gate.reserve(order.binding, order.turn, order.model, order.estimate))
+        try:
+            return await asyncio.shield(asking)
+        except errors.WrapperError as error:
+            raise Refused(refusal_of(error)) from error
+        except asyncio.CancelledError:
+            means.loose_ends.start(self._give_back(asking))
+            raise
+
+    async def _give_back(self, asking: asyncio.Future[Reservation]) -> None:
+        try:
+            async with asyncio.timeout(self._means.settings.finish_seconds):
+                reservation = await asking
+                await reservation.cancel()
+        except errors.WrapperError:
+            return  # the gate refused: nothing is held
+        except Exception as error:  # noqa: BLE001 (clean-up tells and goes on)
+            self._means.observer.fault("give back a reservation", error)
+
+    # The upstream --------------------------------------------------------------------------------------------------
+
+    async def _converse(self, reply: Reply) -> None:
+        outcome = await self._attempt_until_answered()
+        if isinstance(outcome, Rejected):
+            self._reject(outcome, reply)
+            return
+        try:
+            await self._stream(outcome, reply)
+        finally:
+            outcome.answer.close()
+
+    async def _attempt_until_answered(self) -> Opened | Rejected:
+        means, credential = self._means, self._order.binding.credential
+        line = means.lines.of(credential)
+        ask = self._ask()
+        line.budget.called()
+        last: Rejected | None = None
+        while (permit := line.ask()) is not None:
+            self._attempts += 1
+            said = Verdict.NONE
+            try:
+                outcome = await attempt(means.upstream, ask, means.settings, means.clock)
+                said = self._verdict(outcome)
+            finally:
+                line.report(permit, said)
+            if isinstance(outcome, Opened):
+                return outcome
+            last = outcome
+            pause = self._pause(outcome)
+            if pause is None or not line.budget.spend():
+                return outcome
+            means.observer.retrying(self._order.binding, self._attempts, outcome.failure.status, pause)
+            await means.clock.sleep(pause)
+        return last or self._shut(line.retry_after())
+
+    def _ask(self) -> Ask:
+        order = self._order
+        credential, route = order.binding.credential, order.route
+        url = credential.base_url.rstrip("/") + route.path + (f"?{route.query}" if route.query else "")
+        trace = order.turn.trace if order.turn else None
+        return Ask(order.method, url, inject.upstream_headers(order.headers, credential, trace), order.body)
+
+    @staticmethod
+    def _verdict(outcome: Opened | Rejected) -> Verdict:
+        if isinstance(outcome, Opened):
+            return Verdict.SUCCESS
+        return Verdict.NONE if outcome.dropped else verdict(outcome.failure.status)
+
+    def _pause(self, rejected: Rejected) -> float | None:
+        if rejected.dropped and self._attempts == 1:
+            return 0.0
+        means = self._means
+        elapsed = means.clock.monotonic() - self._began
+        return retry.delay(rejected.failure, self._attempts, elapsed, means.settings, means.rng)
+
+    def _shut(self, retry_after: float) -> Rejected:
+        raise Refused(
+            Refusal(
+                503,
+                "overloaded_error",
+                "The upstream has failed several times in a row; it is not asked until it has had a rest.",
+                retry_after,
+            )
+        )
+
+    # The answer ----------------------------------------------------------------------------------------------------
+
+    def _reject(self, rejected: Rejected, reply: Reply) -> None:
+        self._status = rejected.failure.status
+        self._error = (rejected.type, rejected.message)
+        self._request_id = rejected.request_id
+        self._retry_after = rejected.failure.retry_after
+        secret = self._order.binding.credential.secret
+        headers = [
+            pair
+            for pair in inject.downstream_headers(rejected.headers, (secret,))
+            if pair[0].lower() not in {"content-type", "content-encoding", "x-should-retry"}
+        ]
+        headers += [("content-type", "application/json"), ("x-should-retry", "false")]
+        body = rejected.body.replace(secret.encode(), b"[credential]") if secret else rejected.body
+        reply.whole(self._status, headers, body)
+
+    async def _stream(self, opened: Opened, reply: Reply) -> None:
+        answer, meter = opened.answer, self._meter
+        self._status = answer.status
+        self._request_id = request_id(answer)
+        if not answer.is_stream:
+            meter = self._meter = Meter(streamed=False, max_json_bytes=self._means.settings.max_body_bytes)
+        secrets = (self._order.binding.credential.secret,)
+        length = answer.headers.get("content-length")
+        reply.start(
+            answer.status,
+            inject.downstream_headers(answer.header_pairs(), secrets),
+            length=int(length) if length is not None and length.isdigit() else None,
+        )
+        self._note_first_byte()
+        chunk = opened.first
+        try:
+            while chunk:
+                reply.feed(chunk)
+                meter.feed(chunk)
+                if reply.congested:
+                    await reply.drain()
+                chunk = await answer.read()
+        except UpstreamFailure as failure:
+            self._error = ("stream_cut", failure.message)
+            reply.cut()
+            return
+        except TimeoutError:
+            self._error = ("cancelled", "The process did not read its answer.")
+            reply.cut()
+            return
+        meter.end()
+        self._ended(streamed=answer.is_stream)
+        reply.finish()
+
+    def _note_first_byte(self) -> None:
+        self._first_byte = self._means.clock.monotonic() - self._began
+        self._means.observer.first_byte(self._order.binding, self._order.turn, self._first_byte)
+
+    def _ended(self, *, streamed: bool) -> None:
+        """The answer ended as HTTP has it; a stream must also have said that it is complete."""
+        whole = self._meter.complete or not streamed
+        self._complete = whole and self._meter.error is None
+        self._error = None if self._complete else ("stream_cut", "The upstream ended its stream early.")
+
+    def _refused(self, refusal: Refusal) -> None:
+        self._status = refusal.status
+        self._error = (refusal.type, refusal.message)
+        self._retry_after = refusal.retry_after
+
+    # The books -----------------------------------------------------------------------------------------------------
+
+    async def _finish(self, call: UpstreamCall, reservation: Reservation | None) -> None:
+        means = self._means
+        try:
+            means.observer.finished(call)
+            if reservation is not None:
+                await self._bounded("settle", reservation.settle(call) if call.attempts else reservation.cancel())
+            if call.attempts:
+                await self._bounded("record", means.sink.record(call))
+        finally:
+            self._finished.set()
+            self._done(self)
+
+    async def _bounded(self, what: str, work: object) -> None:
+        try:
+            async with asyncio.timeout(self._means.settings.finish_seconds):
+                await work  # type: ignore[misc]
+        except Exception as error:  # noqa: BLE001 (the other half of the books must still be kept)
+            self._means.observer.fault(f"{what} a call", error)
+
+    def _summary(self) -> UpstreamCall:
+        order, meter = self._order, self._meter
+        binding = order.binding
+        error = meter.error if meter.error is not None and self._status < 400 else self._error
+        if meter.complete and meter.error is None:
+            error, self._complete = None, True  # cut after the last event: the answer was whole
+        call = UpstreamCall(
+            id=self._means.ids.new(ids.CALL),
+            turn=order.turn.turn if order.turn else None,
+            session=binding.session,
+            org=binding.org,
+            workspace=binding.workspace,
+            key_id=binding.key_id,
+            user=binding.user,
+            credential_id=binding.credential.id,
+            path=order.route.path,
+            model=order.model,
+            status=self._status,
+            error_type=error[0] if error else None,
+            error_message=error[1] if error else None,
+            upstream_request_id=self._request_id,
+            usage=meter.usage,
+            started_at=self._began_at,
+            first_byte_seconds=self._first_byte,
+            total_seconds=self._means.clock.monotonic() - self._began,
+            attempts=self._attempts,
+            stream_complete=self._complete,
+            main=order.main,
+            retry_after=self._retry_after,
+            stop_reason=meter.stop_reason,
+        )
+        secret = binding.credential.secret
+        if secret and call.error_message and secret in call.error_message:
+            return replace(call, error_message=call.error_message.replace(secret, "[credential]"))
+        return call
