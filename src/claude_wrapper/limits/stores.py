@@ -100,7 +100,7 @@ class Reserved:
 
     refused: int | None
     missing: tuple[int, ...]
-    """Caps whose counter the store does not know (new window, lost data): `raise_to` them and ask again."""
+    """Caps whose counter the store does not know (new window, lost data): `open` them and ask again."""
     balances: tuple[Balance, ...]
 
 
@@ -127,8 +127,12 @@ class SpendStore(Protocol):
         """Replace the reservation by what it cost, once: a second time moves nothing. An expired one still counts."""
         ...
 
+    async def open(self, key: str, spent: int, ttl: float) -> None:
+        """Begin a counter at `spent`, unless there is one. It is forgotten `ttl` seconds from now."""
+        ...
+
     async def raise_to(self, key: str, spent: int, ttl: float) -> None:
-        """Make the counter at least `spent`; it is forgotten `ttl` seconds from now."""
+        """Make a counter that exists at least `spent`, and forget it `ttl` seconds from now."""
         ...
 
     async def balances(self, keys: Sequence[str]) -> tuple[Balance | None, ...]:

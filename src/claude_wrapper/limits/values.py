@@ -109,9 +109,13 @@ class Limits:
             value = _from_text(value, where)
         if not isinstance(value, Mapping):
             raise InvalidRequest("expected an object", field=where)
-        return cls(
-            {_resource(name, where): _value(name, item, where) for name, item in value.items() if item is not None}
-        )
+        found: dict[Resource, Value] = {}
+        for name, item in value.items():
+            resource, unit = _resource(name, where)
+            if item is not None:
+                per = unit and isinstance(item, int) and not isinstance(item, bool)
+                found[resource] = _value(resource, f"{item}/{unit}" if per else item, f"{where}.{name}")
+        return cls(found)
 
     def over(self, default: Limits) -> Limits:
         """These limits where they say something, else `default`'s."""
@@ -164,19 +168,18 @@ def _from_text(text: str, where: str) -> Mapping[str, Any]:
     return found
 
 
-def _resource(name: str, where: str) -> Resource:
-    try:
-        return Resource(name)
-    except ValueError:
-        known = ", ".join(Resource)
-        raise InvalidRequest(f"no such limit; there are {known}", field=f"{where}.{name}") from None
+def _resource(name: str, where: str) -> tuple[Resource, str | None]:
+    """The resource, and the period if the name carries it, as the Admin API's `requests_per_minute` does."""
+    plain, per, unit = name.removesuffix("_cache_aware").partition("_per_")
+    if plain in set(Resource) and (not per or (unit in PERIODS and Resource(plain) in RATES)):
+        return Resource(plain), unit or None
+    raise InvalidRequest(f"no such limit; there are {', '.join(Resource)}", field=f"{where}.{name}")
 
 
-def _value(name: str, item: Any, where: str) -> Value:
-    path = f"{where}.{name}"
+def _value(resource: Resource, item: Any, path: str) -> Value:
     if item == UNLIMITED:
         return None
-    if Resource(name) in COUNTS:
+    if resource in COUNTS:
         if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item <= LARGEST:
             raise InvalidRequest("expected a whole number from 0, or `unlimited`", field=path)
         return item
