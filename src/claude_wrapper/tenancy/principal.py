@@ -42,7 +42,7 @@ class Principal:
     is_operator: bool = False
     is_staff: bool = False
     """Whether the organisation is the operator's own: only then may the operator's upstream credential be used."""
-    limits: Mapping[str, int] = field(default=_NO_LIMITS, hash=False)
+    limits: Mapping[str, int] = field(default_factory=lambda: _NO_LIMITS, hash=False)
     """The key's own limits, on top of those of user, workspace and organisation."""
 
     @property
