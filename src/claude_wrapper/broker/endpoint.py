@@ -210,7 +210,7 @@ class Endpoint:
         if route.kind is Kind.MCP:
             raise refuse(404, "not_found_error", "There is no such MCP server.")
         order = self._order(binding, route, head, body)
-        exchange = Exchange(self._means, order, self._note)
+        exchange = Exchange(self._means, order, ended=self._note, booked=self._running.discard)
         self._running.add(exchange)
         if order.turn is not None:
             self._of_turn.append(exchange)
@@ -242,11 +242,9 @@ class Endpoint:
             body=rewritten.body,
         )
 
-    def _note(self, exchange: Exchange) -> None:
-        """A call was settled and recorded."""
-        self._running.discard(exchange)
-        call = exchange.call
-        if call is None or exchange.order.turn is not self._turn or self._turn is None:
+    def _note(self, exchange: Exchange, call: UpstreamCall) -> None:
+        """A call is over; its books follow."""
+        if self._turn is None or exchange.order.turn is not self._turn:
             return
         if call.error_type is not None:
             self._last_error = call

@@ -45,11 +45,19 @@ class Order:
 class Exchange:
     """One order on its way. `run` once."""
 
-    def __init__(self, means: Means, order: Order, done: Callable[[Exchange], None]) -> None:
-        """`done` is called when the call has been settled and recorded."""
+    def __init__(
+        self,
+        means: Means,
+        order: Order,
+        *,
+        ended: Callable[[Exchange, UpstreamCall], None],
+        booked: Callable[[Exchange], None],
+    ) -> None:
+        """`ended` is called at once when the answer is over, `booked` when the call was settled and recorded."""
         self._means = means
         self._order = order
-        self._done = done
+        self._ended = ended
+        self._booked = booked
         self._began = means.clock.monotonic()
         self._began_at = means.clock.now()
         self._meter = Meter(streamed=True, max_json_bytes=0)
@@ -105,6 +113,8 @@ class Exchange:
         finally:
             # Not awaited: the process may go on while the books are written, and a cancelled call is booked all the same.
             self.call = self._summary()
+            self._ended(self, self.call)
+            self._order = replace(self._order, body=None, headers=[])  # the turn keeps us, not what was sent
             self._means.loose_ends.start(self._finish(self.call, reservation))
 
     # The gate ------------------------------------------------------------------------------------------------------
@@ -247,14 +257,14 @@ class Exchange:
             reply.cut()
             return
         meter.end()
-        self._ended(streamed=answer.is_stream)
+        self._close_answer(streamed=answer.is_stream)
         reply.finish()
 
     def _note_first_byte(self) -> None:
         self._first_byte = self._means.clock.monotonic() - self._began
         self._means.observer.first_byte(self._order.binding, self._order.turn, self._first_byte)
 
-    def _ended(self, *, streamed: bool) -> None:
+    def _close_answer(self, *, streamed: bool) -> None:
         """The answer ended as HTTP has it; a stream must also have said that it is complete."""
         whole = self._meter.complete or not streamed
         self._complete = whole and self._meter.error is None
@@ -277,7 +287,7 @@ class Exchange:
                 await self._bounded("record", means.sink.record(call))
         finally:
             self._finished.set()
-            self._done(self)
+            self._booked(self)
 
     async def _bounded(self, what: str, work: object) -> None:
         try:
