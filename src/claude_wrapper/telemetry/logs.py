@@ -22,11 +22,14 @@ import structlog
 from claude_wrapper.clock import Clock, SystemClock
 from claude_wrapper.telemetry import context
 from claude_wrapper.telemetry.exceptions import summary
-from claude_wrapper.telemetry.redact import MAX_TEXT, Redactor
+from claude_wrapper.telemetry.redact import Redactor
 
 LEVELS: Final[Mapping[str, int]] = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _NUMBER_OF: Final[Mapping[str, int]] = {**LEVELS, "warn": 30, "exception": 40, "fatal": 50}
 _NAME_OF: Final[Mapping[str, str]] = {"warn": "warning", "exception": "error", "fatal": "critical"}
+MAX_LINE: Final = 32_768
+"""Characters of a line; beyond it long fields are cut to `MAX_FIELD` each, and the line says `cut`."""
+MAX_FIELD: Final = 1_024
 _SAMPLED_BY: Final = ("request", "turn", "job", "session")
 
 Counted = Callable[[str], None]
@@ -129,17 +132,25 @@ class Logs:
         if exception is not None:
             fields["exception"] = summary(exception, messages=self._exception_messages)
         if self._console is None:
-            return self.redactor.text(self._encode(fields), limit=8 * MAX_TEXT) + "\n"
+            return self.redactor.text(self._encode(fields), limit=sys.maxsize) + "\n"
         return self.redactor.text(str(self._console(None, level, _for_console(fields)))) + "\n"
 
     def _encode(self, fields: dict[str, Any]) -> str:
-        for name, value in fields.items():
-            if isinstance(value, str) and len(value) > MAX_TEXT:
-                fields[name] = self.redactor.text(value)
+        line = self._json(fields)
+        if len(line) > MAX_LINE:
+            # Cut field by field: a line that is cut as a whole would no longer be JSON.
+            line = self._json({name: self._cut(value) for name, value in fields.items()} | {"cut": True})
+        return line
+
+    def _cut(self, value: Any) -> Any:
+        text = value if isinstance(value, str) else self._json(value)
+        return value if len(text) <= MAX_FIELD else self.redactor.text(text, limit=MAX_FIELD)
+
+    def _json(self, value: Any) -> str:
         try:
-            return self._encoder.encode(fields).decode()
-        except (UnicodeEncodeError, TypeError, ValueError):  # a lone surrogate: JSON cannot carry it
-            return self._encoder.encode(_encodable(fields)).decode()
+            return self._encoder.encode(value).decode()
+        except (UnicodeEncodeError, TypeError, ValueError):  # a lone surrogate, a huge number: JSON cannot carry it
+            return self._encoder.encode(_encodable(value)).decode()
 
 
 class _Bridge(logging.Handler):

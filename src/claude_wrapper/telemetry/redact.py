@@ -13,13 +13,12 @@ only together with the letter that it escapes.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
-
-import msgspec
 
 MASK: Final = "[redacted]"
 MAX_TEXT: Final = 16_384
@@ -123,7 +122,7 @@ class Redactor:
         """
         if not MIN_LITERAL <= len(secret) <= MAX_LITERAL:
             raise ValueError(f"a literal secret has {MIN_LITERAL} to {MAX_LITERAL} characters")
-        together = {*self._literals, secret, _in_json(secret)}
+        together = {*self._literals, *_forms(secret)}
         if len(together) > MAX_LITERALS:
             raise ValueError(f"more than {MAX_LITERALS} literal secrets; forget those that are no longer held")
         # The longest first: a secret that begins with another one must not leave its rest behind.
@@ -131,7 +130,7 @@ class Redactor:
 
     def forget(self, secret: str) -> None:
         """No longer mask this string; one that was never registered is ignored."""
-        gone = {secret, _in_json(secret)}
+        gone = _forms(secret)
         self._literals = tuple(one for one in self._literals if one not in gone)
 
     def text(self, text: str, *, limit: int = MAX_TEXT) -> str:
@@ -157,7 +156,12 @@ class Redactor:
             return f"[{type(value).__name__}, nested too deep]"
         if isinstance(value, Mapping):
             pairs = islice(value.items(), MAX_ITEMS)
-            return {self._name(str(k)): self.named(str(k), v, depth=depth + 1, by_shape=by_shape) for k, v in pairs}
+            return {
+                (self.text(str(name)) if by_shape else str(name)): self.named(
+                    str(name), one, depth=depth + 1, by_shape=by_shape
+                )
+                for name, one in pairs
+            }
         if isinstance(value, list | tuple | set | frozenset):
             return [self.structure(one, depth=depth + 1, by_shape=by_shape) for one in islice(value, MAX_ITEMS)]
         return f"[{type(value).__name__}]"
@@ -170,9 +174,6 @@ class Redactor:
         if isinstance(value, int | float) and "tokens" in name:
             return value  # a count
         return MASK
-
-    def _name(self, name: str) -> str:
-        return name if name.isidentifier() and len(name) < MIN_LITERAL * 4 else self.text(name)
 
     def _masked(self, text: str) -> str:
         for literal in self._literals:
@@ -193,5 +194,6 @@ def secret_name(name: str) -> bool:
     return bool(_SECRET_NAME.search(name)) and name not in _SAFE_NAMES
 
 
-def _in_json(secret: str) -> str:
-    return msgspec.json.encode(secret)[1:-1].decode()
+def _forms(secret: str) -> set[str]:
+    """The secret as it is, and as it stands in JSON with and without escapes for what is not ASCII."""
+    return {secret, json.dumps(secret, ensure_ascii=False)[1:-1], json.dumps(secret)[1:-1]}
