@@ -1,19 +1,19 @@
-"""Which process serves which conversation."""
+"""Which process serves which conversation: pure decisions (`plan`), slots, a fair queue, and a thin async shell."""
 
-from claude_wrapper.pool.messages import ClaimRequest, Kind
 from claude_wrapper.pool.pool import Claim, Pool
-from claude_wrapper.pool.ports import Keeper, KeepsNothing, Process, SlotFactory
+from claude_wrapper.pool.ports import OnHibernate, OnLost, Process, SlotFactory
+from claude_wrapper.pool.requests import ClaimRequest, Keep, Kind
 from claude_wrapper.pool.settings import PoolSettings, Profile
-from claude_wrapper.pool.slot import Keep, Reason
+from claude_wrapper.pool.slot import Reason
 from claude_wrapper.pool.stats import PoolStats, SlotStats
 
 __all__ = [
     "Claim",
     "ClaimRequest",
     "Keep",
-    "Keeper",
-    "KeepsNothing",
     "Kind",
+    "OnHibernate",
+    "OnLost",
     "Pool",
     "PoolSettings",
     "PoolStats",

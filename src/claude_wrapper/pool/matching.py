@@ -18,7 +18,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from claude_wrapper.pool.messages import Action, Kind
+from claude_wrapper.pool.messages import Action
+from claude_wrapper.pool.requests import Kind
 from claude_wrapper.pool.settings import Profile
 from claude_wrapper.pool.slot import Reason, Slot, SlotState
 from claude_wrapper.pool.state import (

@@ -2,55 +2,13 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from claude_wrapper.pool.requests import ClaimRequest, Keep, Kind, Refusal
 from claude_wrapper.pool.settings import Profile
-from claude_wrapper.pool.slot import Keep, Reason
-
-
-class Kind(enum.StrEnum):
-    """How a claim was answered."""
-
-    WARM = "warm"
-    """The session's own process."""
-    REUSED = "reused"
-    """A process that served the same organisation before, rewound."""
-    SPARE = "spare"
-    """A virgin process that was waiting."""
-    COLD = "cold"
-    """A process that was started while the claim waited."""
-
-
-class Refusal(enum.StrEnum):
-    """Why a claim gets no process."""
-
-    OVERLOADED = "overloaded"
-    TIMEOUT = "timeout"
-    DRAINING = "draining"
-    SPAWN_FAILED = "spawn_failed"
-    FOREIGN = "foreign"
-    """The session is bound to another organisation."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimRequest:
-    """One session asks for a process. `claim` is unique among the outstanding claims."""
-
-    claim: str
-    session: str
-    org: str
-    principal: str
-    profile: Profile
-    reuse_idle: bool = False
-    """Whether the same principal's least recently used idle process may be hibernated and rewound for this session."""
-    resume: Any = None
-    """Special launch data, passed to the factory untouched: then only the session's own or a new process will do."""
-    weight: int = 1
-    """The organisation's share relative to others."""
-
+from claude_wrapper.pool.slot import Reason
 
 # Events ----------------------------------------------------------------------------------------------------------------
 
@@ -116,9 +74,13 @@ class SpawnBroke:
 
 @dataclass(frozen=True, slots=True)
 class Hibernated:
-    """The state of the slot's session is kept (or keeping it was given up)."""
+    """The state of the slot's session is kept (or keeping it was given up).
+
+    `resume` is the launch data with which the session continues; claims of it that wait already will use it.
+    """
 
     slot: str
+    resume: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +169,8 @@ class Grant:
     slot: str
     kind: Kind
     waited: float
+    resume: Any = None
+    """Launch data with which the process was started for this very claim."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ reports back with further events.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from claude_wrapper.errors import IllegalTransition
@@ -21,10 +22,8 @@ from claude_wrapper.pool.messages import (
     Event,
     Exited,
     Hibernated,
-    Kind,
     Lost,
     Measured,
-    Refusal,
     Refuse,
     Released,
     Revoke,
@@ -37,7 +36,8 @@ from claude_wrapper.pool.messages import (
     Ticked,
     Withdrawn,
 )
-from claude_wrapper.pool.slot import Keep, Reason, Slot, SlotEvent, SlotState
+from claude_wrapper.pool.requests import Keep, Kind, Refusal
+from claude_wrapper.pool.slot import Reason, Slot, SlotEvent, SlotState
 from claude_wrapper.pool.state import (
     Outstanding,
     PoolState,
@@ -295,6 +295,9 @@ def _hibernated(state: PoolState, event: Hibernated, now: float, out: list[Actio
     slot = state.slots.get(event.slot)
     if slot is None or slot.state is not SlotState.HIBERNATING:
         return
+    if event.resume is not None and slot.session is not None:
+        for claim in state.lines.get(slot.session, ()):
+            claim.request = replace(claim.request, resume=event.resume)
     if slot.exited:
         stop(state, slot, Reason.CRASHED, now, out)
     elif slot.then_rewind:

@@ -13,19 +13,18 @@ from collections import deque
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any
+from typing import Any, Generic
 
 from claude_wrapper.clock import Clock
 from claude_wrapper.errors import Conflict, Draining, NotFound, PoolOverloaded, PoolTimeout, SpawnFailed, WrapperError
 from claude_wrapper.ids import SLOT, Ids
 from claude_wrapper.pool import messages as m
 from claude_wrapper.pool.plan import plan
-from claude_wrapper.pool.ports import Keeper, KeepsNothing, Process, SlotFactory
+from claude_wrapper.pool.ports import OnHibernate, OnLost, P, SlotFactory
+from claude_wrapper.pool.requests import ClaimRequest, Keep, Refusal
 from claude_wrapper.pool.settings import PoolSettings
-from claude_wrapper.pool.slot import Keep, Reason, Slot, SlotState
 from claude_wrapper.pool.state import PoolState
-from claude_wrapper.pool.stats import PoolStats, SlotStats
+from claude_wrapper.pool.stats import PoolStats, ShellCounts, snapshot
 from claude_wrapper.pool.upkeep import wake_at
 
 _log = logging.getLogger(__name__)
@@ -44,12 +43,12 @@ class _Waiter:
     signal: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Claim:
+class Claim(Generic[P]):
     """A process held for one session. It must be released exactly once; more often does nothing."""
 
-    __slots__ = ("_pool", "_released", "claim", "kind", "process", "session", "slot", "waited_seconds")
+    __slots__ = ("_pool", "_released", "claim", "kind", "process", "resume", "session", "slot", "waited_seconds")
 
-    def __init__(self, pool: Pool, session: str, grant: m.Grant, process: Process) -> None:
+    def __init__(self, pool: Pool[P], session: str, grant: m.Grant, process: P) -> None:
         self._pool = pool
         self._released = False
         self.claim = grant.claim
@@ -57,6 +56,8 @@ class Claim:
         self.slot = grant.slot
         self.process = process
         self.kind = grant.kind
+        self.resume = grant.resume
+        """The launch data with which the process was started for this very claim, else `None`."""
         self.waited_seconds = grant.waited
 
     async def release(self, keep: Keep) -> None:
@@ -66,22 +67,31 @@ class Claim:
             self._pool.give_back(self.claim, self.slot, keep)
 
 
-class Pool:
+class Pool(Generic[P]):
     """Warm processes for sessions. `start` it, `claim` and release, `drain`, `close` it."""
 
     def __init__(
-        self, settings: PoolSettings, clock: Clock, ids: Ids, factory: SlotFactory, keeper: Keeper | None = None
+        self,
+        settings: PoolSettings,
+        clock: Clock,
+        ids: Ids,
+        factory: SlotFactory[P],
+        *,
+        on_hibernate: OnHibernate[P] | None = None,
+        on_lost: OnLost | None = None,
     ) -> None:
+        """Without `on_hibernate` and `on_lost` idle processes go without anybody being told."""
         self._settings = settings
         self._clock = clock
         self._factory = factory
-        self._keeper = keeper or KeepsNothing()
+        self._on_hibernate = on_hibernate
+        self._on_lost = on_lost
         self._state = PoolState(settings, slot_prefix=ids.new(SLOT)[:_SLOT_PREFIX_LENGTH] + "-")
         self._waiters: dict[str, _Waiter] = {}
-        self._processes: dict[str, Process] = {}
+        self._processes: dict[str, P] = {}
         self._jobs: dict[str, asyncio.Task[None]] = {}
         """What is under way per slot: at most one thing, and a stop after it."""
-        self._others: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._inbox: deque[m.Event] = deque()
         self._deciding = False
         self._alarm: asyncio.Task[None] | None = None
@@ -97,7 +107,7 @@ class Pool:
         """Begin to start spares. Returns at once; spares become ready one after the other."""
         self._apply(m.Started())
 
-    async def claim(self, request: m.ClaimRequest) -> Claim:
+    async def claim(self, request: ClaimRequest) -> Claim[P]:
         """A process for this session, at once or after a fair wait of at most `queue_seconds`.
 
         Claims of one session are served one after the other, in order. A cancelled call holds nothing.
@@ -163,62 +173,8 @@ class Pool:
 
     def stats(self) -> PoolStats:
         """The pool at this moment."""
-        state, tally = self._state, self._state.tally
-        now, wall = self._clock.monotonic(), self._clock.now()
-
-        def describe(slot: Slot) -> SlotStats:
-            process = self._processes.get(slot.id)
-            idle = 0.0 if slot.state is SlotState.BUSY else now - slot.last_used
-            return SlotStats(
-                slot=slot.id,
-                state=slot.state.value,
-                profile=slot.profile.name,
-                org=slot.org,
-                principal=slot.principal,
-                session=slot.session,
-                pid=process.pid if process is not None else None,
-                created_at=wall - timedelta(seconds=now - slot.created_at),
-                last_used=wall - timedelta(seconds=now - slot.last_used),
-                idle_seconds=idle,
-                uptime_seconds=now - slot.created_at,
-                alive=process is not None and process.alive,
-                frozen=slot.frozen,
-                turns=slot.turns,
-                memory_bytes=slot.memory,
-            )
-
-        return PoolStats(
-            max_processes=self._settings.max_processes,
-            idle_seconds=self._settings.idle_seconds,
-            sweep_seconds=self._settings.sweep_seconds,
-            processes=len(state.slots),
-            by_state={each.value: state.count(each) for each in SlotState if each is not SlotState.GONE},
-            spares={
-                **{profile.name: 0 for profile in self._settings.spares},
-                **{profile.name: len(slots) for profile, slots in state.spares.items()},
-            },
-            spares_wanted={profile.name: count for profile, count in self._settings.spares.items()},
-            outstanding=len(state.claims),
-            waiting=len(state.waiting),
-            waiting_per_org=dict(state.waiting_per_org),
-            held_per_org=dict(state.held),
-            memory_bytes=state.memory,
-            claims={kind.value: tally.claims[kind] for kind in m.Kind},
-            claim_count=tally.claims.total(),
-            claim_seconds_sum=tally.claim_seconds,
-            refusals={refusal.value: tally.refusals[refusal] for refusal in m.Refusal},
-            withdrawn=tally.withdrawn,
-            evictions={reason.value: tally.evictions[reason] for reason in Reason},
-            spawn_count=tally.spawns,
-            spawn_seconds_sum=tally.spawn_seconds,
-            spawn_failures=tally.spawn_failures,
-            crashes=tally.crashes,
-            rewinds_failed=tally.rewinds_failed,
-            hibernate_failures=self._hibernate_failures,
-            stop_failures=self._stop_failures,
-            draining=state.draining,
-            slots=tuple(describe(slot) for slot in state.slots.values()),
-        )
+        shell = ShellCounts(self._hibernate_failures, self._stop_failures)
+        return snapshot(self._state, self._processes, self._clock.monotonic(), self._clock.now(), shell)
 
     # Decisions ---------------------------------------------------------------------------------------------------------
 
@@ -260,7 +216,7 @@ class Pool:
             case m.Freeze(slot=slot) | m.Thaw(slot=slot):
                 self._switch_cpu(slot, on=isinstance(action, m.Thaw))
             case m.Lost(session=session, slot=slot):
-                self._keep_task(asyncio.create_task(self._tell_lost(session, slot), name=f"pool-lost-{slot}"))
+                self._tell_lost(session, slot)
 
     def _hand_over(self, grant: m.Grant) -> None:
         process = self._processes.get(grant.slot)
@@ -280,19 +236,19 @@ class Pool:
     def _refusal(self, refuse: m.Refuse) -> WrapperError:
         seconds = self._settings.queue_seconds
         match refuse.refusal:
-            case m.Refusal.OVERLOADED:
+            case Refusal.OVERLOADED:
                 return PoolOverloaded(
                     f"all processes are busy and {self._settings.queue_length} claims wait already; try again later",
                     retry_after=1.0,
                 )
-            case m.Refusal.TIMEOUT:
+            case Refusal.TIMEOUT:
                 what = "an earlier turn of this session still runs" if refuse.behind_own_session else "none became free"
                 return PoolTimeout(f"no process within {seconds:g} s: {what}", retry_after=1.0)
-            case m.Refusal.DRAINING:
+            case Refusal.DRAINING:
                 return Draining()
-            case m.Refusal.FOREIGN:
+            case Refusal.FOREIGN:
                 return NotFound("session not found")
-            case m.Refusal.SPAWN_FAILED:
+            case Refusal.SPAWN_FAILED:
                 if isinstance(refuse.cause, WrapperError):
                     return refuse.cause
                 error = SpawnFailed(f"the Claude process could not be started: {refuse.cause!r}")
@@ -333,8 +289,8 @@ class Pool:
         self._keep_task(task)
 
     def _keep_task(self, task: asyncio.Task[None]) -> None:
-        self._others.add(task)
-        task.add_done_callback(self._others.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _spawn(self, action: m.Spawn) -> None:
         slot = action.slot
@@ -357,14 +313,16 @@ class Pool:
         process.on_exit(lambda: self._apply(m.Exited(slot)))
 
     async def _hibernate(self, action: m.Hibernate) -> None:
+        resume: Any = None
         process = self._processes[action.slot]
         try:
-            async with asyncio.timeout(self._settings.hibernate_seconds):
-                await self._keeper.on_hibernate(action.session, action.slot, process, action.reason)
+            if self._on_hibernate is not None:
+                async with asyncio.timeout(self._settings.hibernate_seconds):
+                    resume = await self._on_hibernate(action.session, action.slot, process, action.reason)
         except Exception:  # noqa: BLE001 - the process goes in any case, and the failure is counted
             self._hibernate_failures += 1
             _log.exception("pool.hibernate_failed slot=%s session=%s", action.slot, action.session)
-        self._apply(m.Hibernated(action.slot))
+        self._apply(m.Hibernated(action.slot, resume))
 
     async def _rewind(self, slot: str) -> None:
         clean = False
@@ -386,7 +344,7 @@ class Pool:
         self._jobs.pop(slot, None)
         self._apply(m.StopEnded(slot))
 
-    async def _end_process(self, slot: str, process: Process, reason: str) -> None:
+    async def _end_process(self, slot: str, process: P, reason: str) -> None:
         for attempt in range(1, _STOP_ATTEMPTS + 1):
             try:
                 async with asyncio.timeout(self._settings.stop_seconds):
@@ -398,12 +356,10 @@ class Pool:
             self._stop_failures += 1
         self._processes.pop(slot, None)
 
-    async def _tell_lost(self, session: str, slot: str) -> None:
-        try:
-            async with asyncio.timeout(self._settings.hibernate_seconds):
-                await self._keeper.on_lost(session, slot)
-        except Exception:  # noqa: BLE001 - the top of a task: nobody else would see it
-            _log.exception("pool.lost_not_told slot=%s session=%s", slot, session)
+    def _tell_lost(self, session: str, slot: str) -> None:
+        _log.warning("pool.process_lost slot=%s session=%s", slot, session)
+        if self._on_lost is not None:
+            self._on_lost(session, slot)
 
     def _switch_cpu(self, slot: str, *, on: bool) -> None:
         process = self._processes.get(slot)
@@ -422,7 +378,7 @@ class Pool:
             with suppress(TimeoutError):
                 async with asyncio.timeout((_STOP_ATTEMPTS + 1) * self._settings.stop_seconds):
                     await self._empty.wait()
-        left = {task for task in self._others if not task.done()}
+        left = {task for task in self._tasks if not task.done()}
         for task in left:
             task.cancel()
         if left:

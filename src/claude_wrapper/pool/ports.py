@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from claude_wrapper.pool.slot import Reason
 
@@ -26,7 +26,7 @@ class Process(Protocol):
         ...
 
     def memory_bytes(self) -> int | None:
-        """Resident bytes, `None` when unknown. Called often: must not block."""
+        """Resident bytes, `None` when unknown. Called after each turn: must not block."""
         ...
 
     async def rewind(self) -> bool:
@@ -34,43 +34,47 @@ class Process(Protocol):
         ...
 
     async def stop(self, reason: str) -> None:
-        """End the process and clean up its place. Called once or twice, also when it has ended by itself."""
+        """End the process and clean up its place, also when it has ended by itself.
+
+        Called a second time when the first call failed, was cancelled or took longer than `stop_seconds`.
+        """
         ...
 
-    def on_exit(self, callback: Callable[[], None]) -> None:
-        """Call `callback` in the event loop's thread when the process ends, at once if it has ended."""
+    def on_exit(self, callback: Callable[[], None], /) -> None:
+        """Call `callback` in the event loop's thread when the process ends, soon if it has ended already."""
         ...
 
 
-class SlotFactory(Protocol):
+P = TypeVar("P", bound=Process)
+P_co = TypeVar("P_co", bound=Process, covariant=True)
+P_contra = TypeVar("P_contra", bound=Process, contravariant=True)
+
+
+class SlotFactory(Protocol[P_co]):
     """Where processes come from."""
 
-    async def spawn(self, slot: str, profile: Any, resume: Any) -> Process:
+    async def spawn(self, slot: str, profile: Any, resume: Any) -> P_co:
         """A running process for this slot.
 
-        `profile` and `resume` are what the claim or the settings said. Raises `SpawnFailed` and then, or when it is
+        `profile` and `resume` are what the settings or the claim said. Raises `SpawnFailed` and then, as when it is
         cancelled, leaves nothing behind.
         """
         ...
 
 
-class Keeper(Protocol):
-    """Who keeps the state of a session whose process goes."""
+class OnHibernate(Protocol[P_contra]):
+    """Keeps the state of an idle session before its process goes (or, for `Reason.REUSE`, is rewound for another)."""
 
-    async def on_hibernate(self, session: str, slot: str, process: Process, reason: Reason) -> None:
-        """Keep what is needed to continue the session elsewhere. Nobody else has the process meanwhile."""
+    async def __call__(self, session: str, slot: str, process: P_contra, reason: Reason, /) -> Any:
+        """Keep what is needed to continue the session elsewhere. Nobody else has the process meanwhile.
+
+        Returns launch data (`ClaimRequest.resume`) for claims of this session that wait already, or `None` when any
+        process will do for them. Whoever makes later claims passes it himself.
+        """
         ...
 
-    async def on_lost(self, session: str, slot: str) -> None:
-        """The process of an idle session ended by itself."""
-        ...
 
+class OnLost(Protocol):
+    """Learns, before the next decision, that the process of an idle session ended by itself. Must not block."""
 
-class KeepsNothing:
-    """For pools whose sessions need no state beyond the process (and for tests)."""
-
-    async def on_hibernate(self, session: str, slot: str, process: Process, reason: Reason) -> None:
-        return None
-
-    async def on_lost(self, session: str, slot: str) -> None:
-        return None
+    def __call__(self, session: str, slot: str, /) -> None: ...

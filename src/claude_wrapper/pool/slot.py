@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from claude_wrapper.errors import IllegalTransition
+from claude_wrapper.pool.requests import Keep
 from claude_wrapper.pool.settings import Profile
 
 
@@ -130,17 +131,6 @@ class Reason(enum.StrEnum):
     NOT_CLEAN = "not_clean"
     UNCLAIMED = "unclaimed"
     CLOSED = "closed"
-
-
-class Keep(enum.StrEnum):
-    """What a claim's holder says about the process when it gives it back."""
-
-    SESSION = "session"
-    """The process stays with the session, idle."""
-    DETACH = "detach"
-    """The session is over; the process may serve the same organisation after a rewind."""
-    DISCARD = "discard"
-    """The process is broken: it is stopped."""
 
 
 @dataclass(slots=True)

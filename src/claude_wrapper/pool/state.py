@@ -12,19 +12,8 @@ from typing import Any
 
 from claude_wrapper.pool.backoff import Backoff
 from claude_wrapper.pool.fairqueue import FairQueue
-from claude_wrapper.pool.messages import (
-    Action,
-    ClaimRequest,
-    Grant,
-    Hibernate,
-    Kind,
-    Refusal,
-    Refuse,
-    Rewind,
-    Spawn,
-    Stop,
-    Thaw,
-)
+from claude_wrapper.pool.messages import Action, Grant, Hibernate, Refuse, Rewind, Spawn, Stop, Thaw
+from claude_wrapper.pool.requests import ClaimRequest, Kind, Refusal
 from claude_wrapper.pool.settings import PoolSettings, Profile
 from claude_wrapper.pool.slot import FREEZABLE, Reason, Slot, SlotEvent, SlotState
 
@@ -314,7 +303,8 @@ def grant(state: PoolState, claim: Outstanding, slot: Slot, now: float, out: lis
     claim.awaits = None
     _stop_waiting(state, claim)
     waited = now - claim.asked_at
-    out.append(Grant(request.claim, slot.id, kind, waited))
+    resume = slot.resume if slot.virgin else None
+    out.append(Grant(request.claim, slot.id, kind, waited, resume))
 
 
 def _stop_waiting(state: PoolState, claim: Outstanding) -> None:

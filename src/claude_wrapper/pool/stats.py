@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+
+from claude_wrapper.pool.ports import Process
+from claude_wrapper.pool.requests import Kind, Refusal
+from claude_wrapper.pool.slot import Reason, Slot, SlotState
+from claude_wrapper.pool.state import PoolState
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +73,70 @@ class PoolStats:
     """Processes that may still run although they were told to stop twice."""
     draining: bool
     slots: tuple[SlotStats, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShellCounts:
+    """What only the shell can count."""
+
+    hibernate_failures: int
+    stop_failures: int
+
+
+def snapshot(
+    state: PoolState, processes: Mapping[str, Process], now: float, wall: datetime, shell: ShellCounts
+) -> PoolStats:
+    """The pool at `now` (monotonic) alias `wall`."""
+    settings, tally = state.settings, state.tally
+    return PoolStats(
+        max_processes=settings.max_processes,
+        idle_seconds=settings.idle_seconds,
+        sweep_seconds=settings.sweep_seconds,
+        processes=len(state.slots),
+        by_state={each.value: state.count(each) for each in SlotState if each is not SlotState.GONE},
+        spares={
+            **{profile.name: 0 for profile in settings.spares},
+            **{profile.name: len(slots) for profile, slots in state.spares.items()},
+        },
+        spares_wanted={profile.name: count for profile, count in settings.spares.items()},
+        outstanding=len(state.claims),
+        waiting=len(state.waiting),
+        waiting_per_org=dict(state.waiting_per_org),
+        held_per_org=dict(state.held),
+        memory_bytes=state.memory,
+        claims={kind.value: tally.claims[kind] for kind in Kind},
+        claim_count=tally.claims.total(),
+        claim_seconds_sum=tally.claim_seconds,
+        refusals={refusal.value: tally.refusals[refusal] for refusal in Refusal},
+        withdrawn=tally.withdrawn,
+        evictions={reason.value: tally.evictions[reason] for reason in Reason},
+        spawn_count=tally.spawns,
+        spawn_seconds_sum=tally.spawn_seconds,
+        spawn_failures=tally.spawn_failures,
+        crashes=tally.crashes,
+        rewinds_failed=tally.rewinds_failed,
+        hibernate_failures=shell.hibernate_failures,
+        stop_failures=shell.stop_failures,
+        draining=state.draining,
+        slots=tuple(_describe(slot, processes.get(slot.id), now, wall) for slot in state.slots.values()),
+    )
+
+
+def _describe(slot: Slot, process: Process | None, now: float, wall: datetime) -> SlotStats:
+    return SlotStats(
+        slot=slot.id,
+        state=slot.state.value,
+        profile=slot.profile.name,
+        org=slot.org,
+        principal=slot.principal,
+        session=slot.session,
+        pid=process.pid if process is not None else None,
+        created_at=wall - timedelta(seconds=now - slot.created_at),
+        last_used=wall - timedelta(seconds=now - slot.last_used),
+        idle_seconds=0.0 if slot.state is SlotState.BUSY else now - slot.last_used,
+        uptime_seconds=now - slot.created_at,
+        alive=process is not None and process.alive,
+        frozen=slot.frozen,
+        turns=slot.turns,
+        memory_bytes=slot.memory,
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import zlib
 
 from claude_wrapper.pool.matching import choose_victim
-from claude_wrapper.pool.messages import Action, Freeze, Refusal
+from claude_wrapper.pool.messages import Action, Freeze
+from claude_wrapper.pool.requests import Refusal
 from claude_wrapper.pool.slot import Reason, Slot, SlotState
 from claude_wrapper.pool.state import Outstanding, PoolState, enqueue, evict, refuse, stop
 
