@@ -173,9 +173,16 @@ class Declarations:
             one, Counter(name, doc, self._names(one), registry=self._registry), with_org=self._org(one)
         )
 
-    def gauge(self, name: str, doc: str, *, org: bool = False, **labels: Sequence[str]) -> GaugeFamily:
+    def gauge(
+        self,
+        name: str,
+        doc: str,
+        *,
+        precreate: Mapping[str, tuple[str, ...]] | None = None,
+        **labels: Sequence[str],
+    ) -> GaugeFamily:
         """Declare a gauge."""
-        one = self._declare("gauge", name, doc, labels, org=org)
+        one = self._declare("gauge", name, doc, labels, precreate=precreate)
         return GaugeFamily(one, Gauge(name, doc, self._names(one), registry=self._registry), with_org=self._org(one))
 
     def histogram(

@@ -315,7 +315,12 @@ class Metrics:
         self.loop_lag = make.histogram("event_loop_lag_seconds", "How late the event loop woke a timer.", _LAG_SECONDS)
         self.loop_lag_worst = make.gauge("event_loop_lag_worst_seconds", "The worst lag of the last minute.")
         self.draining = make.gauge("server_draining", "1 while the server takes no new work.")
-        self.health = make.gauge("health_check", "1 when the check passes, 0 when it fails.", check=HEALTH_CHECKS)
+        self.health = make.gauge(
+            "health_check",
+            "1 when the check passes, 0 when it fails; a check that is not configured has no series.",
+            precreate={},
+            check=HEALTH_CHECKS,
+        )
         self.log_lines = make.counter("log_lines_total", "Log lines written.", level=LOG_LEVELS)
         self.log_lines_dropped = make.counter("log_lines_dropped_total", "Log lines that could not be written.")
         self.pull_errors = make.counter("metrics_pull_errors_total", "Sources of metrics that failed in a scrape.")
