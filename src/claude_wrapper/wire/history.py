@@ -42,26 +42,26 @@ class HistoryHash:
     """The key of a growing conversation. Adding a turn costs time in proportion to that turn alone."""
 
     __slots__ = ("_chain", "_in_text", "_role", "_run")
+    # A finished run of one role is folded into the chain; the open one is a list of its pieces.
 
     def __init__(self, salt: str | bytes = b"") -> None:
         """`salt` holds what separates conversations beside their messages: principal, system prompt, tools."""
         self._chain = _digest(b"salt", salt.encode() if isinstance(salt, str) else salt)
-        self._run: Any = None
+        self._run: list[bytes] = []
         self._role = ""
         self._in_text = False
 
     @classmethod
     def resume(cls, key: str) -> Self:
         """Carry on from a stored key. The next message must have another role than the last one hashed."""
-        return cls._restore(bytes.fromhex(key), None, "", in_text=False)
+        return cls._restore(bytes.fromhex(key), [], "", in_text=False)
 
     def copy(self) -> Self:
         """An independent hash in the same state."""
-        run = None if self._run is None else self._run.copy()
-        return self._restore(self._chain, run, self._role, in_text=self._in_text)
+        return self._restore(self._chain, self._run.copy(), self._role, in_text=self._in_text)
 
     @classmethod
-    def _restore(cls, chain: bytes, run: Any, role: str, *, in_text: bool) -> Self:
+    def _restore(cls, chain: bytes, run: list[bytes], role: str, *, in_text: bool) -> Self:
         self = cls.__new__(cls)
         self._chain, self._run, self._role, self._in_text = chain, run, role, in_text
         return self
@@ -85,31 +85,30 @@ class HistoryHash:
                 self._text(role, text)
             else:
                 self._enter(role)
-                self._run.update(b"\0B")
-                self._run.update(_escape(_ENCODER.encode(_canonical_block(block))))
+                self._run += (b"\0B", _escape(_ENCODER.encode(_canonical_block(block))))
                 self._in_text = False
         return self
 
     def key(self) -> str:
         """The key of all messages so far, 40 hex characters."""
-        return (self._chain if self._run is None else _digest(self._chain, self._run.digest())).hex()
+        return (_digest(self._chain, *self._run) if self._run else self._chain).hex()
 
     def _text(self, role: str, text: str) -> None:
         if not text:
             return
         self._enter(role)
         if not self._in_text:
-            self._run.update(b"\0T")
+            self._run.append(b"\0T")
             self._in_text = True
-        self._run.update(_escape(text.encode("utf-8", "surrogatepass")))
+        self._run.append(_escape(text.encode("utf-8", "surrogatepass")))
 
     def _enter(self, role: str) -> None:
-        if self._run is not None and self._role == role:
-            return
-        if self._run is not None:
-            self._chain = _digest(self._chain, self._run.digest())
+        if self._run:
+            if self._role == role:
+                return
+            self._chain = _digest(self._chain, *self._run)
         self._role, self._in_text = role, False
-        self._run = hashlib.blake2b(b"\0R" + _escape(role.encode()), digest_size=_DIGEST_SIZE)
+        self._run = [b"\0R", _escape(role.encode())]
 
 
 def history_key(messages: Iterable[HasContent], salt: str | bytes = b"") -> str:
@@ -125,8 +124,8 @@ def new_messages_start(messages: Sequence[HasContent]) -> int:
     return 0
 
 
-def _digest(first: bytes, second: bytes) -> bytes:
-    return hashlib.blake2b(first + b"|" + second, digest_size=_DIGEST_SIZE).digest()
+def _digest(chain: bytes, *pieces: bytes) -> bytes:
+    return hashlib.blake2b(b"".join((chain, *pieces)), digest_size=_DIGEST_SIZE).digest()
 
 
 def _escape(data: bytes) -> bytes:
