@@ -7,32 +7,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
+from claude_wrapper.wire.usage import Usage
+
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 HOUR_MS = 3_600_000
 _MILLISECOND = timedelta(milliseconds=1)
+_MOST = 10**13
+"""Above this a count is nonsense from upstream; a sum of them must still fit 64 bits."""
 _TEXT = {"model": 200, "path": 200, "error_type": 100, "upstream_request_id": 200}
 """Longest texts that the table takes; upstream's are not ours to trust."""
-
-
-class Tokens(Protocol):
-    """What is counted of one call: `wire.usage.Usage`."""
-
-    @property
-    def input_tokens(self) -> int: ...
-    @property
-    def output_tokens(self) -> int: ...
-    @property
-    def cache_read_tokens(self) -> int: ...
-    @property
-    def cache_write_5m_tokens(self) -> int: ...
-    @property
-    def cache_write_1h_tokens(self) -> int: ...
-    @property
-    def thinking_tokens(self) -> int: ...
-    @property
-    def web_search_requests(self) -> int: ...
-    @property
-    def web_fetch_requests(self) -> int: ...
 
 
 class Call(Protocol):
@@ -65,7 +48,7 @@ class Call(Protocol):
     @property
     def upstream_request_id(self) -> str | None: ...
     @property
-    def usage(self) -> Tokens: ...
+    def usage(self) -> Usage: ...
     @property
     def started_at(self) -> datetime: ...
     @property
@@ -123,15 +106,15 @@ def row_of(call: Call, priced: Priced) -> dict[str, Any]:
         "complete": call.stream_complete,
         "main": call.main,
         "cache_hit": call.cache_hit,
-        "input_tokens": usage.input_tokens,
-        "output_tokens": usage.output_tokens,
-        "cache_read_tokens": usage.cache_read_tokens,
-        "cache_write_5m_tokens": usage.cache_write_5m_tokens,
-        "cache_write_1h_tokens": usage.cache_write_1h_tokens,
-        "thinking_tokens": usage.thinking_tokens,
-        "web_search_requests": usage.web_search_requests,
-        "web_fetch_requests": usage.web_fetch_requests,
-        "cost_micros": priced.micros,
+        "input_tokens": min(usage.input_tokens, _MOST),
+        "output_tokens": min(usage.output_tokens, _MOST),
+        "cache_read_tokens": min(usage.cache_read_tokens, _MOST),
+        "cache_write_5m_tokens": min(usage.cache_write_5m_tokens, _MOST),
+        "cache_write_1h_tokens": min(usage.cache_write_1h_tokens, _MOST),
+        "thinking_tokens": min(usage.thinking_tokens, _MOST),
+        "web_search_requests": min(usage.web_search_requests, _MOST),
+        "web_fetch_requests": min(usage.web_fetch_requests, _MOST),
+        "cost_micros": min(priced.micros, _MOST),
         "price_version": priced.version[:64],
     }
 
