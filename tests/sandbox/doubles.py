@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +96,12 @@ async def upstream(dirs: SlotDirs) -> AsyncIterator[Path]:
         server.close()
 
 
+async def eventually(holds: Callable[[], bool]) -> None:
+    """Look again, at every turn of the loop, until it holds; the caller's timeout bounds it."""
+    while not holds():
+        await asyncio.to_thread(os.sched_yield)
+
+
 async def spawn(launch: Launch, **kw: object) -> asyncio.subprocess.Process:
     pipe = asyncio.subprocess.PIPE
     streams = {"stdin": pipe, "stdout": pipe, "stderr": pipe} | kw
@@ -177,7 +183,8 @@ async def one_turn(sandbox: Sandbox, dirs: SlotDirs, cli: Path, *, uid: int | No
                 async for raw in process.stdout:
                     frame = json.loads(raw)
                     if frame["type"] == "result":
-                        return dict(frame) | {"main_pid": sandbox.main_pid(process.pid)}
+                        exe = os.stat(f"/proc/{sandbox.main_pid(process.pid)}/exe")
+                        return dict(frame) | {"inode": exe.st_ino}
                 raise AssertionError((await process.stderr.read()).decode())
         finally:
             await sandbox.kill(process.pid, dirs)

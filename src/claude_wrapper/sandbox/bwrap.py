@@ -173,6 +173,10 @@ class BwrapSandbox:
             self._host.cgroups.remove(dirs.root.name)
         directories.remove(dirs)
 
+    def close(self) -> None:
+        if self._host.cgroups:
+            self._host.cgroups.close()
+
     def main_pid(self, spawned_pid: int) -> int:
         # bubblewrap outside → bubblewrap as pid 1 of the namespace → the CLI, its first child, which is pid 2 there.
         first = processes.descendants(spawned_pid)

@@ -1,8 +1,8 @@
 """A slot's directories on the host: who owns them, who may pass, how they go.
 
 With an own uid the slot's root is `0710 server:tenant`: the tenant may pass through it to what is bound into its
-sandbox, other tenants may not, and nobody but the server can list or change it. Home and workspace belong to the
-tenant, 0700. `run/` belongs to the server (0710): the tenant can connect to the socket in it and cannot replace it.
+sandbox, other tenants may not, and nobody but the server can list or change it. home/, work/ and run/ belong to the
+tenant, 0700; the broker gives its socket to the owner of run/, which every real sandbox shows read-only.
 Every directory above must let the tenant's uid pass (mode x), which `unreachable` checks.
 """
 
@@ -62,11 +62,10 @@ def _give_to(dirs: SlotDirs, uid: int) -> None:
             f"{closed} is closed to other users, so a process with uid {uid} cannot reach {dirs.root}: "
             f"allow passing through with `chmod o+x {closed}` or put the data directory elsewhere"
         )
-    for directory in (dirs.home, dirs.work):
+    for directory in (dirs.home, dirs.work, dirs.run):
         os.chown(directory, uid, uid)
-    for directory in (dirs.root, dirs.run):
-        os.chown(directory, -1, uid)
-        directory.chmod(0o710)
+    os.chown(dirs.root, -1, uid)
+    dirs.root.chmod(0o710)
 
 
 def remove(dirs: SlotDirs) -> None:

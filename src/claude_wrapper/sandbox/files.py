@@ -113,10 +113,10 @@ def open_beneath(root: Path, relpath: str, flags: int = _READ) -> int:
 def read_beneath(root: Path, relpath: str, max_bytes: int) -> bytes:
     """The content of a regular file. Raises NotFound, InvalidRequest (not a regular file), RequestTooLarge."""
     descriptor = open_beneath(root, relpath)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InvalidRequest(f"{relpath} is not a regular file", field="path")
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise InvalidRequest(f"{relpath} is not a regular file", field="path")
         content = file.read(max_bytes + 1)  # the file may grow while it is read
     if len(content) > max_bytes:
         raise RequestTooLarge(f"{relpath} is larger than {max_bytes} bytes")

@@ -50,6 +50,9 @@ class NoSandbox:
     def remove_dirs(self, dirs: SlotDirs) -> None:
         directories.remove(dirs)
 
+    def close(self) -> None:
+        """Nothing was made."""
+
     def main_pid(self, spawned_pid: int) -> int:
         return spawned_pid
 

@@ -76,8 +76,8 @@ class SlotDirs:
     home: Path
     work: Path
     run: Path
-    """Holds the broker's socket `api.sock`. The directory is what is shown to the process, so that the broker can
-    replace its socket; the directory's mode is the guard, so the socket itself should be 0666."""
+    """Holds the broker's socket `api.sock`, which must belong to the owner of this directory. The directory is what is
+    shown to the process, so that the broker can replace its socket."""
 
 
 SOCKET_NAME = "api.sock"
@@ -146,8 +146,11 @@ class Sandbox(Protocol):
         ...
 
     async def kill(self, pid: int, dirs: SlotDirs) -> None:
-        """End everything the launch started; bounded. `pid` is the spawned one. Raises SpawnFailed never; what
-        survives (a level may not be able to find all) is logged by the level's own documentation, not hidden."""
+        """End everything the launch started: when this returns it is gone. Bounded (about 10 s); never raises.
+
+        `pid` is the spawned one and must be a child of the server that was not yet reaped, or one that is gone.
+        A level's own documentation says what it cannot find.
+        """
         ...
 
     def remove_dirs(self, dirs: SlotDirs) -> None:
@@ -164,4 +167,8 @@ class Sandbox(Protocol):
 
     def thaw(self, pid: int, dirs: SlotDirs) -> None:
         """Let a frozen tree run again; harmless when it is not frozen."""
+        ...
+
+    def close(self) -> None:
+        """At the server's end, when no slot lives any more: remove what the sandbox made for itself on the host."""
         ...

@@ -170,6 +170,10 @@ class RestrictedSandbox:
             self._host.cgroups.remove(dirs.root.name)
         directories.remove(dirs)
 
+    def close(self) -> None:
+        if self._host.cgroups:
+            self._host.cgroups.close()
+
     def main_pid(self, spawned_pid: int) -> int:
         return spawned_pid
 
