@@ -1,0 +1,159 @@
+"""`POST /v1/messages` and `/v1/messages/pooled`: an ordinary Messages API in front of warm agents."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from claude_wrapper.api import errors, sse
+from claude_wrapper.api.bodies import read_body
+from claude_wrapper.api.state import Deps, deps_of
+from claude_wrapper.api.translate import Translated, pooled_turn, turn_for
+from claude_wrapper.errors import AuthenticationFailed, InvalidRequest, WrapperError
+from claude_wrapper.sessions.leg import Leg, Started
+from claude_wrapper.tenancy.principal import Principal
+from claude_wrapper.wire import sse as wire_sse
+from claude_wrapper.wire.messages import MessagesRequest, parse_messages_request
+
+T = TypeVar("T")
+
+
+async def create_message(request: Request) -> Response:
+    """The Anthropic Messages API, JSON or server-sent events."""
+    deps = deps_of(request)
+    parsed = parse_messages_request(await read_body(request, deps.settings.max_body_bytes), max_tokens_required=False)
+    if parsed.max_tokens is None and parsed.oauth_credentials is None:
+        raise InvalidRequest("is required", field="max_tokens")
+    leg, started = await _submit(request, deps, parsed, await _translate(request, deps, parsed))
+    headers = _headers(started)
+    if not parsed.stream:
+        message = await _unless_gone(request, leg, leg.message())
+        return Response(msgspec.json.encode(message), media_type="application/json", headers=headers)
+    frames = _merged(leg, errors.request_id_of(request))
+    # An error before the first byte is an HTTP status, not an event.
+    first = await _unless_gone(request, leg, anext(frames, b""))
+    return sse.EventStream(_after(first, frames), headers=headers)
+
+
+async def create_message_pooled(request: Request) -> Response:
+    """The same engine, streaming the CLI's own events; the stream ends right after `result`, the process lives on."""
+    deps = deps_of(request)
+    body = with_roles(await read_body(request, deps.settings.max_body_bytes))
+    parsed = parse_messages_request(body, max_tokens_required=False)
+    translated = pooled_turn(await _translate(request, deps, parsed))
+    leg, started = await _submit(request, deps, parsed, translated)
+    frames = _raw(leg, errors.request_id_of(request))
+    first = await _unless_gone(request, leg, anext(frames, b""))
+    return sse.EventStream(_after(first, frames), headers=_headers(started))
+
+
+async def _translate(request: Request, deps: Deps, parsed: MessagesRequest) -> Translated:
+    principal = await _principal(request, deps, parsed)
+    await deps.admit(request, principal, parsed.model)
+    credential = await deps.credentials.choose(principal, parsed.oauth_credentials)
+    api_version = request.headers.get("anthropic-version", "")
+    return turn_for(parsed, principal, credential, deps, api_version=api_version)
+
+
+async def _principal(request: Request, deps: Deps, parsed: MessagesRequest) -> Principal:
+    """An API key, or (only with ALLOW_OAUTH) the owner of the tokens in the body."""
+    try:
+        return await deps.authenticate(request)
+    except AuthenticationFailed:
+        if parsed.oauth_credentials is None or request.headers.get("authorization") or request.headers.get("x-api-key"):
+            raise
+        return deps.credentials.owner_of(parsed.oauth_credentials)
+
+
+async def _submit(request: Request, deps: Deps, parsed: MessagesRequest, translated: Translated) -> tuple[Leg, Started]:
+    deps.refuse_when_draining()
+    _, leg = deps.conversations.submit(translated.owner, translated.turn, name=parsed.session_id)
+    return leg, await _unless_gone(request, leg, leg.started)
+
+
+async def _unless_gone(request: Request, leg: Leg, answer: Awaitable[T]) -> T:
+    """The answer; or ClientDisconnect as soon as the client has gone, with the leg hung up."""
+    answering = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(sse.disconnected(request.receive))
+    try:
+        await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ClientDisconnect
+        return answering.result()
+    except BaseException:
+        leg.hang_up()
+        raise
+    finally:
+        for task in (answering, gone):
+            task.cancel()
+        await asyncio.gather(answering, gone, return_exceptions=True)
+
+
+async def _merged(leg: Leg, request_id: str) -> AsyncIterator[bytes]:
+    """Messages events. An error after the first byte is an `error` event; before it, it is raised."""
+    begun = False
+    try:
+        async for item in leg.items():
+            if item.events:
+                begun = True
+                yield b"".join(item.events)
+    except WrapperError as error:
+        if not begun:
+            raise
+        yield wire_sse.encode("error", errors.body(error, request_id))
+    finally:
+        leg.hang_up()
+
+
+async def _raw(leg: Leg, request_id: str) -> AsyncIterator[bytes]:
+    """The CLI's own frames as events named after their type."""
+    begun = False
+    try:
+        async for item in leg.items():
+            begun = True
+            yield wire_sse.encode(item.frame.type, item.frame.raw)
+    except WrapperError as error:
+        if not begun:
+            raise
+        yield wire_sse.encode("error", errors.body(error, request_id))
+    finally:
+        leg.hang_up()
+
+
+async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    try:
+        if first:
+            yield first
+        async for frame in rest:
+            yield frame
+    finally:
+        await rest.aclose()  # type: ignore[attr-defined]
+
+
+def with_roles(body: bytes) -> bytes:
+    """The original system's clients leave `role` out; what they send is the user's."""
+    try:
+        content = msgspec.json.decode(body)
+        messages = content["messages"]
+        bare = [message for message in messages if isinstance(message, dict) and "role" not in message]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
+        return body  # the parser says what is wrong with it
+    if not bare:
+        return body
+    for message in bare:
+        message["role"] = "user"
+    return msgspec.json.encode(content)
+
+
+def _headers(started: Started) -> dict[str, str]:
+    return {
+        "cw-session-id": started.session,
+        "cw-turn-id": started.turn,
+        "cw-process": started.kind,
+        "cw-process-pid": str(started.pid),
+    }

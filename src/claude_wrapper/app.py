@@ -1,0 +1,345 @@
+"""The composition root: settings in, running server out. The only place that knows every concrete class.
+
+Order of the start: directories, logs, sandbox, database, broker, pool, conversations, application. The stop is the same
+in reverse: the pool ends its processes before the broker closes their way out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+from fastapi import FastAPI
+from starlette.requests import Request
+
+from claude_wrapper import __version__
+from claude_wrapper.agent.launch import CHAT, locate_cli
+from claude_wrapper.agent.settings import AgentSettings
+from claude_wrapper.api.app import create_app
+from claude_wrapper.api.credentials import UpstreamCredentials
+from claude_wrapper.api.reports import health_report, security_report
+from claude_wrapper.api.state import ApiSettings, Deps
+from claude_wrapper.auth.authenticate import Authenticator
+from claude_wrapper.auth.operator import operator_key
+from claude_wrapper.broker.broker import Broker
+from claude_wrapper.broker.calls import NoGate, NoSink
+from claude_wrapper.broker.direct import Direct
+from claude_wrapper.broker.settings import BrokerSettings
+from claude_wrapper.clock import Clock, SystemClock
+from claude_wrapper.config import Settings
+from claude_wrapper.errors import AuthenticationFailed, InvalidRequest
+from claude_wrapper.ids import Ids, RandomIds
+from claude_wrapper.pool.pool import Pool
+from claude_wrapper.pool.settings import PoolSettings
+from claude_wrapper.pool.slot import Reason
+from claude_wrapper.sandbox.choose import choose
+from claude_wrapper.sandbox.files import remove_tree
+from claude_wrapper.sandbox.port import Level, Sandbox
+from claude_wrapper.sandbox.probe import probe
+from claude_wrapper.sandbox.security import SecurityLevel, effective_policy
+from claude_wrapper.sandbox.uids import DEFAULT_RANGE, UidAllocator, UidRange
+from claude_wrapper.sessions.conversation import Rooms
+from claude_wrapper.sessions.conversations import Conversations
+from claude_wrapper.sessions.process import ProcessFactory, Resume, SlotProcess, leftover_slots
+from claude_wrapper.sessions.spec import Owner
+from claude_wrapper.telemetry.logs import configure
+from claude_wrapper.tenancy.principal import Principal, operator
+
+log = structlog.get_logger(__name__)
+
+MODEL_ALIASES: Final[Mapping[str, str]] = {
+    "haiku": "claude-haiku-4-5",
+    "sonnet": "claude-sonnet-5-5",
+    "opus": "claude-opus-5-5",
+}
+"""Short names that the CLI knows too; resolved here, so that limits, prices and metrics see one name."""
+
+
+OPERATOR_ORG: Final = "org_operator"
+"""The organisation of the operator's own people."""
+
+
+class Tasks:
+    """Background tasks: kept until they end, awaited at the end."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background.failed", exc_info=error)
+
+    @property
+    def count(self) -> int:
+        return len(self._running)
+
+    async def settle(self, seconds: float) -> None:
+        """Wait for what runs; cancel what is left after `seconds`."""
+        if self._running:
+            await asyncio.wait(set(self._running), timeout=seconds)
+        for task in list(self._running):
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    """Whether the server takes new work."""
+
+    draining: bool = False
+
+
+class InFlight:
+    """Counts requests in flight, for the drain."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self) -> None:
+        self.count += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        self.count -= 1
+        if self.count == 0:
+            self._idle.set()
+
+    async def wait_idle(self) -> None:
+        await self._idle.wait()
+
+
+@dataclass(slots=True)
+class Server:
+    """A running server, as the command line sees it."""
+
+    app: FastAPI
+    pool: Pool[SlotProcess]
+    conversations: Conversations
+    broker: Broker
+    lifecycle: Lifecycle
+    tasks: Tasks
+    clock: Clock
+    data_dir: Path
+    sandbox_level: str
+    security_level: str
+    new_admin_key: str | None = None
+    requests: InFlight = field(default_factory=InFlight)
+
+    async def drain(self, seconds: float, cut: asyncio.Event) -> None:
+        """Take no new work; return when all requests and turns have ended, after `seconds`, or when `cut` is set."""
+        self.lifecycle.draining = True
+        await self.pool.drain()
+        idle = asyncio.ensure_future(self.requests.wait_idle())
+        stop = asyncio.ensure_future(cut.wait())
+        try:
+            await asyncio.wait({idle, stop}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (idle, stop):
+                task.cancel()
+            await asyncio.gather(idle, stop, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def running_server(
+    settings: Settings, *, clock: Clock | None = None, ids: Ids | None = None
+) -> AsyncIterator[Server]:
+    """A running server; everything that it started has ended when the context is left.
+
+    Raises ConfigurationError, SandboxUnavailable or StorageUnavailable when it cannot start, with the reason.
+    """
+    clock = clock or SystemClock()
+    ids = ids or RandomIds()
+    data_dir = _data_dir(settings.data_dir)
+    configure(settings.log_level, settings.log_format)
+    report = await asyncio.to_thread(probe)
+    required = Level(settings.sandbox_require) if settings.sandbox_require else None
+    sandbox = choose(settings.sandbox, required, report)
+    policy = effective_policy(SecurityLevel(settings.security_level), sandbox.level)
+    log.info("sandbox.chosen", sandbox=sandbox.level.value, security_level=policy.level.value, lowered=policy.lowered)
+    admin_digest, new_admin_key = operator_key(data_dir, settings.admin_key)
+    slots_dir = data_dir / "slots"
+    for leftover in leftover_slots(slots_dir):
+        await asyncio.to_thread(remove_tree, leftover)
+    tasks = Tasks()
+    lifecycle = Lifecycle()
+    flight = InFlight()
+    async with contextlib.AsyncExitStack() as stack:
+        broker = Broker(_broker_settings(settings), clock, ids, NoGate(), NoSink())
+        await broker.start()
+        stack.push_async_callback(broker.close)
+        direct = Direct(connect_seconds=settings.upstream_connect_seconds, read_seconds=settings.upstream_read_seconds)
+        await direct.start()
+        stack.push_async_callback(direct.close)
+        factory = ProcessFactory(
+            cli=locate_cli(str(settings.cli) if settings.cli else None),
+            slots_dir=slots_dir,
+            sandbox=sandbox,
+            limits=policy.limits,
+            broker=broker,
+            settings=AgentSettings(),
+            default_model=settings.default_model,
+            clock=clock,
+            ids=ids,
+            uids=_uids(settings, sandbox),
+        )
+        keeper = _Keeper()
+        pool: Pool[SlotProcess] = Pool(
+            _pool_settings(settings), clock, ids, factory, on_hibernate=keeper.on_hibernate, on_lost=keeper.on_lost
+        )
+        conversations = Conversations(
+            Rooms(
+                pool=pool,
+                clock=clock,
+                ids=ids,
+                connect_remote=_no_remote,
+                spawn=tasks.spawn,
+                max_queued_turns=settings.max_queued_turns,
+            ),
+            kept_dir=data_dir / "kept",
+            forget_after_seconds=settings.session_seconds,
+        )
+        keeper.conversations = conversations
+        await pool.start()
+        stack.push_async_callback(tasks.settle, 5.0)
+        stack.push_async_callback(pool.close, 5.0)
+        upkeep = tasks.spawn(_sweep(conversations, clock, settings.sweep_seconds))
+        stack.callback(upkeep.cancel)
+        authenticator = Authenticator(
+            NoKeys(), operator_digest=admin_digest, operator=operator(key_id="operator").acting_in(OPERATOR_ORG)
+        )
+
+        async def authenticate(request: Request) -> Principal:
+            return await authenticator.authenticate(request.headers)
+
+        async def admit(request: Request, principal: Principal, model: str) -> None:
+            del request, principal, model
+
+        deps = Deps(
+            settings=ApiSettings(
+                max_body_bytes=settings.max_body_bytes,
+                allow_oauth=settings.allow_oauth,
+                turn_seconds=settings.turn_seconds or policy.limits.turn_seconds,
+                default_model=settings.default_model,
+                max_processes_per_org=settings.max_processes_per_org,
+                queue_seconds=settings.queue_seconds,
+                queue_length=settings.queue_length,
+                model_aliases=MODEL_ALIASES,
+            ),
+            conversations=conversations,
+            pool=pool,
+            direct=direct,
+            credentials=UpstreamCredentials(
+                settings.upstream_url, settings.anthropic_api_key, allow_oauth=settings.allow_oauth
+            ),
+            authenticate=authenticate,
+            admit=admit,
+            policy=policy,
+            security_report=lambda: security_report(sandbox, policy, report),
+            health=lambda: health_report(pool, lifecycle, __version__),
+            lifecycle=lifecycle,
+            clock=clock,
+            ids=ids,
+            version=__version__,
+        )
+        yield Server(
+            app=create_app(deps, observe=lambda route, method, status, seconds: None, flight=flight),
+            pool=pool,
+            conversations=conversations,
+            broker=broker,
+            lifecycle=lifecycle,
+            tasks=tasks,
+            clock=clock,
+            data_dir=data_dir,
+            sandbox_level=sandbox.level.value,
+            security_level=policy.level.value,
+            new_admin_key=new_admin_key,
+            requests=flight,
+        )
+
+
+class _Keeper:
+    """The pool keeps sessions' state through the conversations, which are made after it."""
+
+    conversations: Conversations
+
+    async def on_hibernate(self, session: str, slot: str, process: SlotProcess, reason: Reason) -> Resume | None:
+        return await self.conversations.on_hibernate(session, slot, process, reason)
+
+    def on_lost(self, session: str, slot: str) -> None:
+        self.conversations.on_lost(session, slot)
+
+
+class NoKeys:
+    """A server without organisations: only the operator's key is good."""
+
+    async def authenticate(self, presented: str | None) -> Principal:
+        del presented
+        raise AuthenticationFailed("this API key is not valid")
+
+
+async def _no_remote(owner: Owner, name: str, spec: Mapping[str, Any]) -> Any:
+    del owner, spec
+    raise InvalidRequest("remote MCP servers are not available", field=f"mcp_servers.{name}")
+
+
+async def _sweep(conversations: Conversations, clock: Clock, seconds: float) -> None:
+    while True:
+        await clock.sleep(seconds)
+        await conversations.sweep()
+
+
+def _data_dir(path: Path) -> Path:
+    path = path.expanduser().absolute()
+    path.mkdir(parents=True, exist_ok=True)
+    # Passable, so that processes with their own uid reach their slot; what lies inside is closed one by one.
+    path.chmod(0o711)
+    return path
+
+
+def _uids(settings: Settings, sandbox: Sandbox) -> UidAllocator | None:
+    if not sandbox.separate_uid:
+        return None
+    return UidAllocator(UidRange.parse(settings.sandbox_uids) if settings.sandbox_uids else DEFAULT_RANGE)
+
+
+def _broker_settings(settings: Settings) -> BrokerSettings:
+    return BrokerSettings(
+        connect_seconds=settings.upstream_connect_seconds,
+        read_seconds=settings.upstream_read_seconds,
+        retry_attempts=settings.upstream_attempts,
+        breaker_failures=settings.breaker_failures,
+        breaker_seconds=settings.breaker_seconds,
+        max_body_bytes=settings.max_body_bytes + 2 * 2**20,
+    )
+
+
+def _pool_settings(settings: Settings) -> PoolSettings:
+    return PoolSettings(
+        spares={CHAT: settings.spares},
+        max_processes=settings.max_processes,
+        max_processes_per_org=settings.max_processes_per_org,
+        max_processes_per_principal=settings.max_processes_per_principal,
+        parallel_spawns=settings.parallel_spawns,
+        idle_seconds=settings.idle_seconds,
+        sweep_seconds=settings.sweep_seconds,
+        freeze_after_seconds=settings.freeze_seconds or None,
+        queue_seconds=settings.queue_seconds,
+        queue_length=settings.queue_length,
+        max_age_seconds=settings.max_age_seconds,
+        max_turns=settings.max_turns,
+        max_resident_bytes=settings.max_resident_bytes,
+    )

@@ -1,0 +1,178 @@
+"""MCP servers that live in this server rather than in the sandbox.
+
+The CLI speaks JSON-RPC with them over its control protocol (`mcp_message`), so that a process without any network can
+use (a) the tools that the API's caller runs itself, whose calls are parked until the caller sends the result, and
+(b) remote MCP servers, which are reached from outside the sandbox, where their secrets stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+from claude_wrapper.errors import WrapperError
+from claude_wrapper.sessions.spec import Owner
+
+CLIENT_SERVER: Final = "client"
+"""Name of the in-process MCP server that offers the caller's tools: the CLI shows them as `mcp__client__NAME`."""
+_PROTOCOL_VERSION: Final = "2025-06-18"
+_KEPT_RESULTS: Final = 256
+
+
+class RemoteServer(Protocol):
+    """A connection to one remote MCP server."""
+
+    async def exchange(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """Send one JSON-RPC message; its response, or None for a notification. Raises WrapperError."""
+        ...
+
+    async def close(self) -> None:
+        """End the server's session with it."""
+        ...
+
+
+RemoteConnector = Callable[[Owner, str, Mapping[str, Any]], Awaitable[RemoteServer]]
+"""Connects an owner to a remote server: `(owner, name, {type, url, headers})`."""
+
+
+class Bridge:
+    """The in-process MCP servers of one conversation's process."""
+
+    def __init__(self, connect: RemoteConnector, owner: Owner) -> None:
+        self._connect = connect
+        self._owner = owner
+        self._tools: list[dict[str, Any]] = []
+        self._specs: dict[str, Mapping[str, Any]] = {}
+        self._remotes: dict[str, RemoteServer] = {}
+        self._calls: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._expected: set[str] = set()
+
+    # The caller's tools -----------------------------------------------------------------------------------------------
+
+    def offer(self, tools: Iterable[Mapping[str, Any]]) -> None:
+        """The tools of this turn's request, as the Messages API describes them."""
+        self._tools = [
+            {
+                "name": tool["name"],
+                "description": tool.get("description", ""),
+                "inputSchema": tool.get("input_schema", {"type": "object"}),
+                # Calls wait for the caller, who may run them side by side.
+                "annotations": {"readOnlyHint": True},
+            }
+            for tool in tools
+        ]
+
+    @property
+    def pending(self) -> frozenset[str]:
+        """Tool calls whose results the caller owes."""
+        return frozenset(self._expected)
+
+    def expect(self, tool_use_ids: Iterable[str]) -> None:
+        """The caller has been told of these calls."""
+        self._expected = set(tool_use_ids)
+
+    def answer(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Results from the caller; a call that the CLI has not made yet finds its result waiting."""
+        for block in results:
+            tool_use_id = str(block["tool_use_id"])
+            self._expected.discard(tool_use_id)
+            future = self._call(tool_use_id)
+            if not future.done():
+                future.set_result(_tool_result(block))
+
+    def _call(self, tool_use_id: str) -> asyncio.Future[dict[str, Any]]:
+        future = self._calls.get(tool_use_id)
+        if future is None:
+            while len(self._calls) >= _KEPT_RESULTS:
+                self._calls.pop(next(iter(self._calls))).cancel()
+            future = self._calls[tool_use_id] = asyncio.get_running_loop().create_future()
+        return future
+
+    # What the CLI asks ------------------------------------------------------------------------------------------------
+
+    def servers(
+        self, configured: Mapping[str, Mapping[str, Any]], *, with_client_tools: bool
+    ) -> dict[str, dict[str, Any]]:
+        """The `servers` argument of `mcp_set_servers`: local commands as they are, everything else in-process."""
+        servers: dict[str, dict[str, Any]] = {}
+        for name, spec in configured.items():
+            if spec.get("type", "stdio") == "stdio":
+                servers[name] = dict(spec)
+            else:
+                self._specs[name] = spec
+                servers[name] = {"type": "sdk", "name": name}
+        if with_client_tools:
+            servers[CLIENT_SERVER] = {"type": "sdk", "name": CLIENT_SERVER}
+        return servers
+
+    async def handle(self, server: str, message: dict[str, Any]) -> dict[str, Any]:
+        """Answer one JSON-RPC message of the CLI."""
+        if server == CLIENT_SERVER:
+            return await self._client_server(message)
+        if server not in self._specs:
+            return _error(message, -32601, f"no MCP server is called {server}")
+        try:
+            remote = self._remotes.get(server)
+            if remote is None:
+                remote = self._remotes[server] = await self._connect(self._owner, server, self._specs[server])
+            response = await remote.exchange(message)
+        except WrapperError as error:
+            return _error(message, -32000, f"{server}: {error.message}")
+        return response if response is not None else {"jsonrpc": "2.0", "id": message.get("id", 0), "result": {}}
+
+    async def _client_server(self, message: dict[str, Any]) -> dict[str, Any]:
+        method = message.get("method")
+        if method == "initialize":
+            return _result(
+                message,
+                {
+                    "protocolVersion": message.get("params", {}).get("protocolVersion", _PROTOCOL_VERSION),
+                    "capabilities": {"tools": {"listChanged": False}},
+                    "serverInfo": {"name": CLIENT_SERVER, "version": "1"},
+                },
+            )
+        if method == "tools/list":
+            return _result(message, {"tools": self._tools})
+        if method == "tools/call":
+            tool_use_id = message.get("params", {}).get("_meta", {}).get("claudecode/toolUseId")
+            if not tool_use_id:
+                return _error(message, -32602, "the call does not say which tool use it belongs to")
+            return _result(message, await self._call(str(tool_use_id)))
+        if "id" in message and method not in {"ping", "notifications/initialized"}:
+            return _error(message, -32601, f"unknown method {method}")
+        return _result(message, {})
+
+    async def close(self) -> None:
+        """Drop parked calls and connections."""
+        for future in self._calls.values():
+            future.cancel()
+        self._calls.clear()
+        remotes, self._remotes = list(self._remotes.values()), {}
+        for remote in remotes:
+            await remote.close()
+
+
+def _tool_result(block: Mapping[str, Any]) -> dict[str, Any]:
+    """A Messages `tool_result` block as an MCP tool result."""
+    content = block.get("content", "")
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    return {"content": [_mcp_block(one) for one in blocks], "isError": bool(block.get("is_error", False))}
+
+
+def _mcp_block(block: Mapping[str, Any]) -> dict[str, Any]:
+    if block.get("type") == "image" and block.get("source", {}).get("type") == "base64":
+        source = block["source"]
+        return {"type": "image", "data": source["data"], "mimeType": source["media_type"]}
+    if block.get("type") == "text":
+        return {"type": "text", "text": block["text"]}
+    # MCP has no twin for the other kinds; the model reads them as JSON text rather than losing them.
+    return {"type": "text", "text": str(dict(block))}
+
+
+def _result(message: Mapping[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result}
+
+
+def _error(message: Mapping[str, Any], code: int, text: str) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "id": message.get("id", 0), "error": {"code": code, "message": text}}

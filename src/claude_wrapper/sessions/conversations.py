@@ -1,0 +1,216 @@
+"""All conversations of this server: found by name, by id, or by what their caller already knows of them.
+
+An ordinary Messages client keeps no state on the server: it sends the whole history with every request. So a settled
+conversation is indexed by the hash of its history, salted with its owner: the request that continues it lands on the
+warm process that already holds it. Two requests that continue the same history at once are two conversations: the first
+takes the process, the second gets the history injected into another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from claude_wrapper.errors import InvalidRequest, NotFound
+from claude_wrapper.ids import SESSION, well_formed
+from claude_wrapper.pool.slot import Reason
+from claude_wrapper.sandbox.files import remove_tree
+from claude_wrapper.sessions.conversation import Conversation, Rooms
+from claude_wrapper.sessions.leg import Leg
+from claude_wrapper.sessions.process import Resume, SlotProcess
+from claude_wrapper.sessions.spec import Message, Owner, TurnInput
+from claude_wrapper.wire.history import history_key
+
+log = structlog.get_logger(__name__)
+
+
+class Conversations:
+    """The registry. One instance per server; every look-up takes the owner."""
+
+    def __init__(self, rooms: Rooms, *, kept_dir: Path, forget_after_seconds: float) -> None:
+        self._rooms = rooms
+        self._kept_dir = kept_dir
+        self._forget_after = forget_after_seconds
+        self._by_session: dict[str, Conversation] = {}
+        self._by_name: dict[tuple[Owner, str], Conversation] = {}
+        self._by_history: dict[str, deque[Conversation]] = {}
+        self._indexed: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_session)
+
+    # Finding ----------------------------------------------------------------------------------------------------------
+
+    def submit(self, owner: Owner, turn_input: TurnInput, *, name: str | None = None) -> tuple[Conversation, Leg]:
+        """Run a turn of the conversation that its history (or `name`) belongs to.
+
+        Raises NotFound for a session id of somebody else, InvalidRequest for messages that do not continue it.
+        """
+        history: Sequence[Message] = turn_input.history
+        results = _tool_results(turn_input.content)
+        conversation = self._named(owner, name) if name else self._continued(owner, history, results)
+        if name:
+            history = self._known_history(conversation, owner, turn_input, history)
+        turn_input = replace(turn_input, history=history)
+        self._unindex(conversation)
+        if results and conversation.awaiting_tools:
+            return conversation, self._answer(conversation, turn_input, results)
+        return conversation, conversation.submit(turn_input)
+
+    def get(self, owner: Owner, session: str) -> Conversation:
+        """The owner's conversation. Raises NotFound, also for somebody else's."""
+        conversation = self._by_session.get(session)
+        if conversation is None or conversation.owner != owner:
+            raise NotFound(f"there is no session {session}")
+        return conversation
+
+    def _named(self, owner: Owner, name: str) -> Conversation:
+        if name.startswith(f"{SESSION}_") and well_formed(name, SESSION):
+            return self.get(owner, name)
+        conversation = self._by_name.get((owner, name))
+        if conversation is None:
+            conversation = self._by_name[owner, name] = self._new(owner, named=True)
+        return conversation
+
+    def _continued(self, owner: Owner, history: Sequence[Message], results: Sequence[Any]) -> Conversation:
+        """The idle conversation with exactly this history, else a new one."""
+        waiting = self._by_history.get(self._key(owner, history)) if history else None
+        for conversation in reversed(waiting or ()):
+            if conversation.ended:
+                continue
+            if not conversation.busy or (results and conversation.awaiting_tools):
+                return conversation
+        return self._new(owner, named=False)
+
+    def _known_history(
+        self, conversation: Conversation, owner: Owner, turn_input: TurnInput, history: Sequence[Message]
+    ) -> Sequence[Message]:
+        """A named session takes either the new message alone or the whole history again."""
+        known = conversation.messages
+        if not history:
+            return known
+        if not known or self._key(owner, history) == self._key(owner, known):
+            return history
+        raise InvalidRequest(
+            f"the history does not match what session {conversation.session} holds "
+            f"({len(known)} messages); send only the new message, or leave session_id out",
+            field="messages",
+        )
+
+    @staticmethod
+    def _answer(conversation: Conversation, turn_input: TurnInput, results: Sequence[dict[str, Any]]) -> Leg:
+        pending = conversation.awaiting_tools
+        given = {str(block["tool_use_id"]) for block in results}
+        if not given <= pending:
+            raise InvalidRequest(
+                f"unexpected tool_use_id {', '.join(sorted(given - pending))}: no such call is waiting",
+                field=f"messages[{len(turn_input.history)}].content",
+            )
+        if missing := pending - given:
+            raise InvalidRequest(
+                f"tool_use ids were found without tool_result blocks: {', '.join(sorted(missing))}",
+                field=f"messages[{len(turn_input.history)}].content",
+            )
+        return conversation.answer_tools(turn_input, results)
+
+    def _new(self, owner: Owner, *, named: bool) -> Conversation:
+        conversation = Conversation(
+            self._rooms.ids.new(SESSION), owner, self._rooms, named=named, on_settled=self._index
+        )
+        self._by_session[conversation.session] = conversation
+        return conversation
+
+    # The index by history -----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _key(owner: Owner, history: Sequence[Message]) -> str:
+        return history_key(history, salt=f"{owner.org}/{owner.principal}")
+
+    def _index(self, conversation: Conversation) -> None:
+        """The conversation settled: it can be found by its history again (a named one is found by name)."""
+        self._unindex(conversation)
+        if conversation.ended or conversation.named or not conversation.messages:
+            if not conversation.named and not conversation.busy and not conversation.messages:
+                self._forget(conversation)
+            return
+        key = self._key(conversation.owner, conversation.messages)
+        self._by_history.setdefault(key, deque()).append(conversation)
+        self._indexed[conversation.session] = key
+
+    def _unindex(self, conversation: Conversation) -> None:
+        key = self._indexed.pop(conversation.session, None)
+        if key is None:
+            return
+        waiting = self._by_history[key]
+        waiting.remove(conversation)
+        if not waiting:
+            del self._by_history[key]
+
+    # Losing the process ---------------------------------------------------------------------------------------------------
+
+    async def on_hibernate(self, session: str, slot: str, process: SlotProcess, reason: Reason) -> Resume | None:
+        """The pool takes the process of an idle conversation: keep what the conversation needs to continue."""
+        del slot, reason
+        conversation = self._by_session.get(session)
+        if conversation is None:
+            return None
+        conversation.process = None
+        if process.profile.tools != () and process.agent.session_uuid is not None:
+            # Its workspace and the CLI's own transcript are the conversation: both are kept for --resume.
+            kept = self._kept_dir / session
+            await process.keep(kept)
+            conversation.resume = Resume(process.agent.session_uuid, kept)
+        elif not conversation.named and not conversation.busy:
+            # A stateless client sends the history again, and a spare takes it from there.
+            self._forget(conversation)
+        return conversation.resume
+
+    def on_lost(self, session: str, slot: str) -> None:
+        """An idle conversation's process died by itself: the next turn gets the history injected into another one."""
+        conversation = self._by_session.get(session)
+        log.warning("process.lost", session=session, slot=slot)
+        if conversation is not None:
+            conversation.process = None
+
+    async def end(self, owner: Owner, session: str) -> None:
+        """Forget a conversation and give its process back."""
+        conversation = self.get(owner, session)
+        self._forget(conversation)
+        await self._rooms.pool.end_session(session)
+
+    async def sweep(self) -> int:
+        """Forget unnamed conversations that nobody continued for long. Returns how many."""
+        now = self._rooms.clock.monotonic()
+        stale = [
+            one
+            for one in self._by_session.values()
+            if not one.named and not one.busy and now - one.last_used >= self._forget_after
+        ]
+        for conversation in stale:
+            self._forget(conversation)
+            await self._rooms.pool.end_session(conversation.session)
+        return len(stale)
+
+    def _forget(self, conversation: Conversation) -> None:
+        self._unindex(conversation)
+        conversation.ended = True
+        self._by_session.pop(conversation.session, None)
+        if conversation.resume is not None:
+            kept, conversation.resume = conversation.resume.kept, None
+            self._rooms.spawn(_remove(kept))
+
+
+def _tool_results(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return []
+    return [block for block in content if block.get("type") == "tool_result"]
+
+
+def _remove(kept: Path) -> Coroutine[Any, Any, None]:
+    return asyncio.to_thread(remove_tree, kept)

@@ -1,0 +1,258 @@
+"""One slot's process with everything around it: sandbox, directories, broker endpoint and agent.
+
+`ProcessFactory` is what the pool asks for a running process; `SlotProcess` is what it gets. A process of a *primed*
+profile (chat with an API key) has answered a throw-away turn that the broker answered itself, and was rewound, so that
+the CLI's lazy start-up is paid before a tenant arrives. Its system prompt is a placeholder that the broker replaces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from claude_wrapper.agent.connection import Agent
+from claude_wrapper.agent.launch import Auth, LaunchProfile, LaunchSpec, command
+from claude_wrapper.agent.settings import AgentSettings
+from claude_wrapper.broker.bodies import SYSTEM_PLACEHOLDER
+from claude_wrapper.broker.broker import Broker
+from claude_wrapper.broker.endpoint import Endpoint
+from claude_wrapper.clock import Clock
+from claude_wrapper.errors import SpawnFailed, WrapperError
+from claude_wrapper.ids import Ids
+from claude_wrapper.sandbox.files import empty_tree, remove_tree
+from claude_wrapper.sandbox.port import SOCKET_NAME, Containment, Level, Limits, Sandbox, SlotDirs
+from claude_wrapper.sandbox.uids import UidAllocator
+
+_PAGE: Final = 4096
+_STOP_SECONDS: Final = 5.0
+"""EOF on stdin ends a healthy CLI in 25 ms (measured); longer means it is stuck."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """An agent conversation whose process is gone and whose files were kept."""
+
+    uuid: str
+    """The CLI's session id: its transcript lies in the kept home."""
+    kept: Path
+    """Directory with `home/` and `work/` to move into the new slot."""
+
+
+@dataclass(slots=True)
+class SlotProcess:
+    """A running CLI in its slot. The pool sees the `Process` port; conversations use the agent and the endpoint."""
+
+    slot: str
+    profile: LaunchProfile
+    agent: Agent
+    endpoint: Endpoint
+    sandbox: Sandbox
+    dirs: SlotDirs
+    uid: int | None
+    release_uid: Callable[[int], None]
+    primed: bool
+    initialized: bool
+    model: str
+    confined_to: PurePosixPath | None = None
+    """Without a sandbox: the workspace, which file tools may not leave."""
+    fingerprint: str | None = None
+    mcp_servers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    watching: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.agent.main_pid
+
+    @property
+    def alive(self) -> bool:
+        return self.agent.alive
+
+    def freeze(self) -> None:
+        self.agent.freeze()
+
+    def thaw(self) -> None:
+        self.agent.thaw()
+
+    def memory_bytes(self) -> int | None:
+        """Resident bytes of the CLI; None when it is gone."""
+        try:
+            fields = Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()
+        except (OSError, ValueError):
+            return None
+        return int(fields[1]) * _PAGE
+
+    def on_exit(self, callback: Callable[[], None]) -> None:
+        async def tell() -> None:
+            await self.agent.closed.wait()
+            callback()
+
+        self.watching = asyncio.get_running_loop().create_task(tell(), name=f"exit-{self.slot}")
+
+    async def rewind(self) -> bool:
+        """Forget the conversation. False when this process cannot be made clean: only the primed chat profile can."""
+        if not (self.primed and self.alive):
+            return False
+        self.endpoint.unbind()
+        try:
+            await self.agent.rewind()
+            if self.mcp_servers:
+                await self.agent.mcp_set_servers({})
+        except WrapperError:
+            return False
+        self.fingerprint = None
+        self.mcp_servers = {}
+        await asyncio.to_thread(empty_tree, self.dirs.work)
+        return True
+
+    async def keep(self, target: Path) -> None:
+        """End the process and move its home and workspace to `target`; `stop` then cleans up the rest."""
+        await self.agent.stop(grace=_STOP_SECONDS)  # the CLI writes its transcript out when its input ends
+        await asyncio.to_thread(_keep, self.dirs, target)
+
+    async def stop(self, reason: str) -> None:
+        """End the process and everything that belongs to its slot. May be called again when it failed half-way."""
+        del reason
+        await self.agent.stop(grace=_STOP_SECONDS)
+        await self.endpoint.close()
+        await asyncio.to_thread(self.sandbox.remove_dirs, self.dirs)
+        uid, self.uid = self.uid, None
+        if uid is not None:
+            self.release_uid(uid)
+
+
+def _keep(dirs: SlotDirs, target: Path) -> None:
+    """Move home and workspace of a stopped slot to `target` (same file system: two renames)."""
+    target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for source in (dirs.home, dirs.work):
+        with contextlib.suppress(FileNotFoundError):
+            source.rename(target / source.name)
+
+
+def _adopt(kept: Path, dirs: SlotDirs, uid: int | None) -> None:
+    """Move kept home and workspace into a new slot, and give them to its uid."""
+    for target in (dirs.home, dirs.work):
+        source = kept / target.name
+        if source.exists():
+            target.rmdir()
+            source.rename(target)
+            if uid is not None:
+                _give(target, uid)
+    remove_tree(kept)
+
+
+def _give(root: Path, uid: int) -> None:
+    """Make a kept tree the new slot's. Nothing runs in it, and links are given themselves, never followed."""
+    os.chown(root, uid, uid, follow_symlinks=False)
+    for _, directories, files, descriptor in os.fwalk(root, follow_symlinks=False):
+        for name in (*directories, *files):
+            os.chown(name, uid, uid, dir_fd=descriptor, follow_symlinks=False)
+
+
+class ProcessFactory:
+    """Starts processes for the pool: directories, endpoint, sandbox, CLI, initialisation, priming."""
+
+    def __init__(
+        self,
+        *,
+        cli: Path,
+        slots_dir: Path,
+        sandbox: Sandbox,
+        limits: Limits,
+        broker: Broker,
+        settings: AgentSettings,
+        default_model: str,
+        clock: Clock,
+        ids: Ids,
+        uids: UidAllocator | None,
+        extra_env: Mapping[str, str] | None = None,
+    ) -> None:
+        self._cli = cli
+        self._slots_dir = slots_dir
+        self._sandbox = sandbox
+        self._limits = limits
+        self._broker = broker
+        self._settings = settings
+        self._default_model = default_model
+        self._clock = clock
+        self._ids = ids
+        self._uids = uids
+        self._extra_env = dict(extra_env or {})
+
+    async def spawn(self, slot: str, profile: LaunchProfile, resume: Resume | None) -> SlotProcess:
+        """A running process, initialised and primed when its profile allows it. Raises SpawnFailed."""
+        cleanup = contextlib.AsyncExitStack()
+        async with cleanup:
+            try:
+                process = await self._spawn(slot, profile, resume, cleanup)
+            except (WrapperError, OSError) as error:
+                if isinstance(error, SpawnFailed):
+                    raise
+                raise SpawnFailed(f"The Claude process could not be started: {error}") from error
+            cleanup.pop_all()
+            return process
+
+    async def _spawn(
+        self, slot: str, profile: LaunchProfile, resume: Resume | None, cleanup: contextlib.AsyncExitStack
+    ) -> SlotProcess:
+        uid = self._uids.acquire() if self._uids is not None else None
+        release_uid: Callable[[int], None] = self._uids.release if self._uids is not None else (lambda _uid: None)
+        if uid is not None:
+            cleanup.callback(release_uid, uid)
+        dirs = self._sandbox.create_dirs(self._slots_dir / slot, uid)
+        cleanup.push_async_callback(asyncio.to_thread, self._sandbox.remove_dirs, dirs)
+        if resume is not None:
+            await asyncio.to_thread(_adopt, resume.kept, dirs, uid)
+        layout = self._sandbox.layout(dirs, self._cli)
+        endpoint = await self._broker.open(slot, dirs.run / SOCKET_NAME if layout.socket is not None else None)
+        cleanup.push_async_callback(endpoint.close)
+        argv, env = command(
+            LaunchSpec(
+                profile=profile,
+                cli=self._cli,
+                base_url=endpoint.base_url,
+                socket=layout.socket,
+                token=endpoint.token,
+                home=layout.home,
+                work=layout.work,
+                session_uuid=None if resume else self._ids.uuid(),
+                resume_uuid=resume.uuid if resume else None,
+                model=self._default_model,
+                extra_env=self._extra_env,
+            )
+        )
+        launch = self._sandbox.prepare(
+            Containment(dirs=dirs, cli=self._cli, argv=argv, env=env, limits=self._limits, uid=uid)
+        )
+        agent = await Agent.start(
+            launch, sandbox=self._sandbox, dirs=dirs, clock=self._clock, ids=self._ids, settings=self._settings
+        )
+        cleanup.push_async_callback(agent.stop, grace=_STOP_SECONDS)
+        primed = profile.bare and profile.tools == () and profile.auth is Auth.API_KEY and resume is None
+        if primed:
+            await agent.initialize(system_prompt=[SYSTEM_PLACEHOLDER])
+            with endpoint.prime():
+                await agent.prime(self._ids.uuid())
+        return SlotProcess(
+            slot=slot,
+            profile=profile,
+            agent=agent,
+            endpoint=endpoint,
+            sandbox=self._sandbox,
+            dirs=dirs,
+            uid=uid,
+            release_uid=release_uid,
+            primed=primed,
+            initialized=primed,
+            model=self._default_model,
+            confined_to=layout.work if self._sandbox.level is Level.NONE else None,
+        )
+
+
+def leftover_slots(slots_dir: Path) -> Iterable[Path]:
+    """Directories of slots whose server died without cleaning up; their processes died with it."""
+    return sorted(slots_dir.iterdir()) if slots_dir.exists() else ()

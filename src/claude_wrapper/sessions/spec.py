@@ -1,0 +1,96 @@
+"""What a conversation is configured with, and what one turn of it asks for.
+
+Some of it is fixed when a process first answers (the CLI latches the system prompt by its first turn; built-in tools
+are fixed at spawn), some can change with every turn. `ConversationSpec.fingerprint` covers exactly the fixed part: a
+turn with another fingerprint needs another process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from claude_wrapper.agent.launch import LaunchProfile
+from claude_wrapper.broker.calls import Credential
+from claude_wrapper.wire.messages import Message
+
+__all__ = ["ConversationSpec", "Message", "OnDisconnect", "Owner", "TurnInput"]
+
+
+class OnDisconnect(StrEnum):
+    """What becomes of a turn whose caller hangs up."""
+
+    INTERRUPT = "interrupt"
+    CONTINUE = "continue"
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose conversation it is: the only thing that is compared when somebody asks for one."""
+
+    org: str
+    principal: str
+    """The API key or user; two keys of one organisation do not share conversations."""
+    workspace: str | None = None
+    key_id: str | None = None
+    user: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationSpec:
+    """How the conversation's process is set up."""
+
+    profile: LaunchProfile
+    permission_mode: str = "default"
+    allowed_tools: frozenset[str] = frozenset()
+    """Built-in tools that the server lets run; the question is asked for every call that the CLI does not decide."""
+    max_turns: int | None = None
+    system: tuple[Mapping[str, Any], ...] | None = None
+    """System prompt of a profile whose process is not primed (a primed one gets it per request, from the broker)."""
+    append_system_prompt: str | None = None
+    json_schema: Mapping[str, Any] | None = None
+    mcp_servers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """As the CLI takes them: name → `{type, command, args, env}` or `{type, url, headers}`."""
+    client_tools: tuple[Mapping[str, Any], ...] = ()
+    """Tools that the caller runs itself: `{name, description?, input_schema}`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two specs that one process can serve one after the other."""
+        fixed = (
+            self.profile.name,
+            self.profile.bare,
+            self.profile.tools,
+            str(self.profile.auth),
+            self.system,
+            self.append_system_prompt,
+            self.json_schema,
+            self.max_turns,
+        )
+        return hashlib.sha256(msgspec.json.encode(fixed, order="deterministic")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class TurnInput:
+    """One user message and what its turn needs."""
+
+    content: str | list[dict[str, Any]]
+    model: str
+    credential: Credential
+    spec: ConversationSpec
+    history: Sequence[Message] = ()
+    """The messages before this one, as the caller knows them; injected into a process that does not hold them."""
+    system: list[dict[str, Any]] | None = None
+    """System blocks for a primed process: the broker puts them into each request of the turn."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the turn's main request that the CLI cannot express."""
+    max_thinking_tokens: int | None = None
+    on_disconnect: OnDisconnect = OnDisconnect.INTERRUPT
+    turn_seconds: float = 600.0
+    reuse_idle: bool = False
+    """May take the process of this caller's least recently used idle conversation (which is kept without a process)."""
