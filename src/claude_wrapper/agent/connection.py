@@ -109,10 +109,19 @@ class Agent(Link):
             await self._rewind(uuid)
 
     async def rewind(self, uuid: str | None = None) -> None:
-        """Take the conversation back to before the user line `uuid`; by default to its start.
+        """Take the conversation back to before the user line `uuid`, which was the caller's own.
 
-        Raises ControlRefused with the CLI's reason when it will not; the process is then not clean.
+        Without `uuid`: back to the start, for a new conversation. Nothing of the earlier one is sent upstream after
+        that (measured by comparing request bodies: after several, interrupted, failed and injected turns, and after
+        the tools in `TRACELESS_TOOLS`). Not taken back: model, permission mode, MCP servers, settings (the binder
+        sets them) and files. About 2 ms.
+
+        Raises ControlRefused when the CLI will not, or when a tool ran whose traces stay (`residue`); the process is
+        then not fit for another conversation.
         """
+        if uuid is None and self.residue:
+            left = ", ".join(sorted(self.residue))
+            raise ControlRefused(f"the process cannot be made as new: traces of these tools stay in it: {left}")
         async with self._exclusive():
             target = uuid or self._first_uuid
             if target is not None:

@@ -57,6 +57,24 @@ class _ResultOwner(msgspec.Struct):
     user_message_uuid: str | None = None
 
 
+class _Block(msgspec.Struct):
+    type: str = ""
+    name: str = ""
+
+
+class _Message(msgspec.Struct):
+    content: list[_Block]
+
+
+class _ToolCalls(msgspec.Struct):
+    message: _Message
+
+
+TRACELESS_TOOLS = frozenset({"Read", "Write", "Edit"})
+"""Built-in tools of which nothing stays in the process when the conversation is rewound (files do stay). Measured with
+CLI 2.1.327. Bash is not one: its working directory stays, and a background command reports to the next conversation."""
+
+_TOOL_CALLS = msgspec.json.Decoder(_ToolCalls)
 _LIFECYCLE = msgspec.json.Decoder(_Lifecycle)
 _RESULT_OWNER = msgspec.json.Decoder(_ResultOwner)
 
@@ -83,6 +101,8 @@ class Link:
         self._idle_output = 0
         self.session_uuid: str | None = None
         """The CLI's own id of the conversation, from the latest `system/init`."""
+        self.residue: set[str] = set()
+        """Tools that ran in this process and leave something in it that a rewind does not take away."""
         self.on_stray: OnStray | None = None
         """Called with each frame that belongs to no turn. Must not block."""
         self.closed = asyncio.Event()
@@ -365,6 +385,8 @@ class Link:
             self._answered(record)
         if record.state is not TurnState.STREAMING:
             record.take(TurnEvent.FRAME)
+        if kind == "assistant" and b'"tool_use"' in frame.raw:
+            self._note_tools(frame)
         record.inbox.put(frame)
         return record
 
@@ -379,6 +401,16 @@ class Link:
                 self._answered(record)
             if found.state != "queued":
                 record.acknowledged.set()
+
+    def _note_tools(self, frame: Frame) -> None:
+        with contextlib.suppress(msgspec.DecodeError):
+            for block in _TOOL_CALLS.decode(frame.raw).message.content:
+                if (
+                    block.type == "tool_use"
+                    and block.name not in TRACELESS_TOOLS
+                    and not block.name.startswith("mcp__")
+                ):
+                    self.residue.add(block.name)
 
     def _answered(self, record: Record) -> None:
         record.answered = True

@@ -22,6 +22,7 @@ MAX_DEPTH = 128
 
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_SQUARE = bytes.maketrans(b"{}", b"[]")
 
 
 class MalformedFrame(AgentProtocolError):  # noqa: N818 (a fact, as all domain errors here)
@@ -108,14 +109,12 @@ def _text(value: object) -> str | None:
 
 
 def _too_deep(line: bytes) -> bool:
-    """Whether brackets outside strings nest deeper than the bound: peel off innermost pairs, one level a round."""
-    left = _STRINGS.sub(b"", line).translate(None, _NOT_BRACKETS)
+    """Whether brackets outside strings nest deeper than the bound: peel off the innermost pairs, one level a round."""
+    left = _STRINGS.sub(b"", line).translate(_SQUARE, _NOT_BRACKETS)
     for _ in range(MAX_DEPTH):
-        if not left:
-            return False
-        peeled = left.replace(b"[]", b"").replace(b"{}", b"")
+        peeled = left.replace(b"[]", b"")
         if len(peeled) == len(left):
-            return False  # unbalanced: not JSON, which the decoder says better
+            return False  # empty; or unbalanced and so not JSON, which the decoder says better
         left = peeled
     return bool(left)
 
