@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import redis.asyncio as redis_client
@@ -80,15 +80,6 @@ ARGV[#ARGV + 1] = string.format('%.0f', tonumber(time_now[1]) * 1000000 + tonumb
 """
 
 
-@contextmanager
-def _mapped() -> Iterator[None]:
-    try:
-        yield
-    except (RedisError, OSError) as error:
-        # The text of a Redis error may quote what was sent; its class says enough.
-        raise StorageUnavailable(f"the shared state (Redis) cannot be used: {type(error).__name__}") from error
-
-
 def _ms(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 
@@ -98,6 +89,8 @@ class RedisState:
 
     def __init__(self, url: str, *, prefix: str = "cw", max_connections: int = 50, timeout: float = 2.0) -> None:
         """`url`: `redis://`, `rediss://` or `unix://`; `timeout`: seconds for connecting, for one command, for a place."""
+        # No socket_timeout (its default is not None): redis-py applies it with asyncio.wait_for, which on Python 3.11 swallows a cancellation that
+        # arrives together with the answer (python/cpython#86296). Each command gets an asyncio.timeout here instead.
         # The client's own retries would count twice what was counted, and hide that a subscription had a gap.
         once = Retry(NoBackoff(), 0)
         pool = redis_client.BlockingConnectionPool.from_url(
@@ -105,13 +98,15 @@ class RedisState:
             retry=once,
             max_connections=max_connections,
             timeout=timeout,
-            socket_timeout=timeout,
+            socket_timeout=None,
             socket_connect_timeout=timeout,
             health_check_interval=30,
         )
         self._client: Any = redis_client.Redis(connection_pool=pool)
         # Subscriptions wait for as long as nobody speaks: their connection has no read time-out.
-        self._listening_client: Any = redis_client.Redis.from_url(url, socket_connect_timeout=timeout, retry=once)
+        self._listening_client: Any = redis_client.Redis.from_url(
+            url, socket_timeout=None, socket_connect_timeout=timeout, retry=once
+        )
         self._prefix = prefix
         self._digests: dict[str, str] = {}
         self._fanout = Fanout()
@@ -122,22 +117,32 @@ class RedisState:
         self._timeout = timeout
         self._closed = False
 
+    @asynccontextmanager
+    async def _asked(self) -> AsyncIterator[None]:
+        """One exchange with the server: bounded in time, its failures mapped."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                yield
+        except (RedisError, OSError) as error:  # OSError: our own TimeoutError is one
+            # The text of a Redis error may quote what was sent; its class says enough.
+            raise StorageUnavailable(f"the shared state (Redis) cannot be used: {type(error).__name__}") from error
+
     # counters, values ------------------------------------------------------------------------------------------------
 
     async def increment(self, key: str, by: int = 1, *, ttl: float) -> int:
         return int((await self._eval(_INCREMENT, [self._key("c", key)], [by, _ms(ttl)]))[0])
 
     async def count(self, key: str) -> int:
-        with _mapped():
+        async with self._asked():
             return int(await self._client.get(self._key("c", key)) or 0)
 
     async def get(self, key: str) -> bytes | None:
-        with _mapped():
+        async with self._asked():
             value: bytes | None = await self._client.get(self._key("v", key))
             return value
 
     async def set(self, key: str, value: bytes, *, ttl: float | None = None) -> None:
-        with _mapped():
+        async with self._asked():
             await self._client.set(self._key("v", key), value, px=None if ttl is None else _ms(ttl))
 
     async def compare_and_set(
@@ -148,7 +153,7 @@ class RedisState:
         return bool(done[0])
 
     async def delete(self, key: str) -> bool:
-        with _mapped():
+        async with self._asked():
             return bool(await self._client.delete(self._key("v", key)))
 
     # leases ----------------------------------------------------------------------------------------------------------
@@ -173,7 +178,7 @@ class RedisState:
     # messages --------------------------------------------------------------------------------------------------------
 
     async def publish(self, channel: str, message: bytes) -> None:
-        with _mapped():
+        async with self._asked():
             await self._client.publish(self._key("p", channel), message)
 
     @asynccontextmanager
@@ -200,7 +205,7 @@ class RedisState:
         else:
             confirmed = self._confirmed[channel] = asyncio.Event()
             try:
-                with _mapped():
+                async with self._asked():
                     if self._pubsub is None:
                         self._pubsub = self._listening_client.pubsub()
                     await self._pubsub.subscribe(self._key("p", channel))
@@ -258,7 +263,7 @@ class RedisState:
         digest = self._digests.get(lua)
         if digest is None:
             digest = self._digests[lua] = hashlib.sha1(lua.encode(), usedforsecurity=False).hexdigest()
-        with _mapped():
+        async with self._asked():
             try:
                 return list(await self._client.evalsha(digest, len(keys), *keys, *args))
             except NoScriptError:
@@ -270,7 +275,7 @@ class RedisState:
     # end -------------------------------------------------------------------------------------------------------------
 
     async def ping(self) -> None:
-        with _mapped():
+        async with self._asked():
             await self._client.ping()
 
     async def close(self) -> None:
