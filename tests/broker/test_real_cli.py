@@ -53,8 +53,16 @@ async def cli(real_cli: Path, tmp: Path, process: Process) -> AsyncIterator[Cli]
     work.mkdir()
     started = await asyncio.create_subprocess_exec(
         real_cli,
-        *("-p --input-format stream-json --output-format stream-json --verbose --include-partial-messages").split(),
-        *("--permission-prompt-tool stdio --strict-mcp-config --bare --setting-sources").split(),
+        *[
+            "-p",
+            "--input-format",
+            "stream-json",
+            "--output-format",
+            "stream-json",
+            "--verbose",
+            "--include-partial-messages",
+        ],
+        *["--permission-prompt-tool", "stdio", "--strict-mcp-config", "--bare", "--setting-sources"],
         *("", "--tools", "", "--model", MODEL),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,

@@ -189,3 +189,7 @@ class World:
                 endpoint.begin(turn())
         headers = {"x-api-key": endpoint.token, "anthropic-version": "2023-06-01", "content-type": "application/json"}
         return Process(endpoint, session, headers)
+
+
+def encoded_request(text: str = "hello", **changes: Any) -> bytes:
+    return json.dumps(request_body(text, **changes), separators=(",", ":")).encode()

@@ -74,17 +74,15 @@ def refused_overrides(kind: CredentialKind, turn: TurnContext) -> list[str]:
     return sorted({*turn.overrides, *(["system"] if turn.system else [])})
 
 
-def rewrite(
-    body: Body, turn: TurnContext | None, kind: CredentialKind, *, repeats_cut_stream: bool = False
-) -> Rewritten:
+def rewrite(body: Body, turn: TurnContext | None, kind: CredentialKind, *, repeats_failed: bool = False) -> Rewritten:
     """The body for the upstream.
 
     The placeholder is replaced in every request that carries it; the overrides go into the main request only: the
-    streaming one (or its non-streaming repetition after a cut stream) for the turn's model, which carries the
+    streaming one (or its non-streaming repetition after it failed: the CLI does that once) for the turn's model, which carries the
     placeholder if the process was primed with it.
     """
     carries = _carries_placeholder(body)
-    main = turn is not None and _is_main(body, turn, carries=carries, repeats_cut_stream=repeats_cut_stream)
+    main = turn is not None and _is_main(body, turn, carries=carries, repeats_failed=repeats_failed)
     if kind is CredentialKind.OAUTH:
         if carries:
             raise _invalid("A primed process cannot be used with an OAuth credential: its system prompt is unset.")
@@ -108,10 +106,10 @@ def _typed(fields: Mapping[str, msgspec.Raw], name: str, kind: type[Any], defaul
         raise _invalid(f"{name}: {error}") from None
 
 
-def _is_main(body: Body, turn: TurnContext, *, carries: bool, repeats_cut_stream: bool) -> bool:
+def _is_main(body: Body, turn: TurnContext, *, carries: bool, repeats_failed: bool) -> bool:
     if _plain(body.model) != _plain(turn.model) or (turn.placeholder and not carries):
         return False
-    return body.stream or repeats_cut_stream
+    return body.stream or repeats_failed
 
 
 def _plain(model: str) -> str:

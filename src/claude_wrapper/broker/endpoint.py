@@ -55,7 +55,7 @@ class Endpoint:
         self._of_turn: list[Exchange] = []
         self._in_work = 0
         self._buffered = 0
-        self._main_cut = False
+        self._main_failed = False
         self._last_error: UpstreamCall | None = None
 
     # What sessions and pool use --------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class Endpoint:
             raise Conflict(f"an OAuth credential does not allow: {', '.join(refused)}")
         self._turn = turn
         self._of_turn = []
-        self._main_cut = False
+        self._main_failed = False
         self._last_error = None
 
     async def end(self) -> tuple[UpstreamCall, ...]:
@@ -223,7 +223,7 @@ class Endpoint:
         asked = bodies.read(body)
         if binding.allowed_models is not None and asked.model not in binding.allowed_models:
             raise refuse(403, "permission_error", f"The model {asked.model[:100]!r} is not allowed here.")
-        rewritten = bodies.rewrite(asked, turn, binding.credential.kind, repeats_cut_stream=self._main_cut)
+        rewritten = bodies.rewrite(asked, turn, binding.credential.kind, repeats_failed=self._main_failed)
         messages = route.kind is Kind.MESSAGES
         estimate = Usage()
         if messages:
@@ -246,9 +246,9 @@ class Endpoint:
         """A call is over; its books follow."""
         if self._turn is None or exchange.order.turn is not self._turn:
             return
+        if call.main:
+            self._main_failed = call.error_type is not None
         if call.error_type is not None:
             self._last_error = call
-            self._main_cut = call.main and call.error_type == "stream_cut"
         elif call.main:
             self._last_error = None
-            self._main_cut = False
