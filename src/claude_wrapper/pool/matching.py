@@ -45,6 +45,11 @@ def match(state: PoolState, now: float, out: list[Action]) -> None:
         _refill(state, now, out, coming if coming is not None else _undedicated(state))
 
 
+def match_ready(state: PoolState, now: float, out: list[Action]) -> None:
+    """Grant what can be had at once; start no process and make no room for the rest."""
+    _Round(state, now, out).grant_ready()
+
+
 def own_process(state: PoolState, claim: Outstanding) -> Slot | None:
     """The session's own idle process, when it fits."""
     slot = state.sessions.get(claim.request.session)
@@ -174,15 +179,18 @@ class _Round:
             for claim in queue.walk(self._load, self.served, impatient_only=True):
                 if self._take_ready(claim) or self._provide(claim):
                     self.served.add(claim.request.org)
-        for claim in queue.walk(self._load, self.served):
-            if claim.request.claim not in self.settled:
-                self._take_ready(claim)
+        self.grant_ready()
         for claim in queue.walk(self._load, self.served):
             if claim.request.claim not in self.settled:
                 self._provide(claim)
         for org in queue.lanes:
             if org not in self.contending:
                 queue.note_blocked(org)
+
+    def grant_ready(self) -> None:
+        for claim in self.state.queue.walk(self._load, self.served):
+            if claim.request.claim not in self.settled:
+                self._take_ready(claim)
 
     def _load(self, org: str) -> float:
         return self.state.held[org] + self.planned_org[org]

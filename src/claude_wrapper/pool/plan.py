@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from claude_wrapper.errors import IllegalTransition
-from claude_wrapper.pool.matching import match, own_process
+from claude_wrapper.pool.matching import match, match_ready, own_process
 from claude_wrapper.pool.messages import (
     Accepted,
     Action,
@@ -91,9 +91,13 @@ def _asked(state: PoolState, event: Asked, now: float, out: list[Action]) -> Non
             grant(state, claim, own, now, out, kind=Kind.WARM)
             return
         enqueue(state, claim)
-        match(state, now, out)
+    if len(state.waiting) > state.settings.queue_length:
+        # Only what is ready now can save it: nothing is started or evicted for a claim that is about to be refused.
+        match_ready(state, now, out)
     if len(state.waiting) > state.settings.queue_length:
         _shed(state, now, out)
+    else:
+        match(state, now, out)
 
 
 def _turn_away(state: PoolState, claim: str, refusal: Refusal, out: list[Action]) -> None:
