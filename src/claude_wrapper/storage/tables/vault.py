@@ -52,6 +52,7 @@ vault_credentials = sa.Table(
     sa.Column("hint", sa.String(8), nullable=False),
     sa.Column("fingerprint", sa.String(64), nullable=False),
     sa.Column("rank", sa.Integer, nullable=False, server_default=sa.text("0")),
+    sa.Column("named_only", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("status", sa.String(16), nullable=False, server_default="active"),
     sa.Column("problem", sa.String(200), nullable=True),
     time_column("expires_at", nullable=True),
