@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from claude_wrapper.limits.admission import Admission, Admitted, Facts, Stores
+from claude_wrapper.limits.admission import Admission, Admitted, Facts
 from claude_wrapper.limits.alerts import AlertDesk, AlertSink
 from claude_wrapper.limits.book import CHANNEL, RuleBook
 from claude_wrapper.limits.budgets import Action, Alert, Budget, Period, Window
 from claude_wrapper.limits.gate import Gate, Reservation
 from claude_wrapper.limits.gcra import Rate
-from claude_wrapper.limits.memory import MemoryLeases, MemoryRates, MemorySpend
-from claude_wrapper.limits.redis import RedisLeases, RedisRates, RedisSpend
+from claude_wrapper.limits.memory import memory_stores
+from claude_wrapper.limits.redis import open_client, redis_stores
 from claude_wrapper.limits.refusals import BudgetReached, LimitReached
 from claude_wrapper.limits.settings import LimitCounts, LimitSettings, WithoutStore
+from claude_wrapper.limits.stores import Stores
 from claude_wrapper.limits.values import Limits, Resource, Scope, Subjects
 
 __all__ = [
@@ -30,14 +31,8 @@ __all__ = [
     "LimitReached",
     "LimitSettings",
     "Limits",
-    "MemoryLeases",
-    "MemoryRates",
-    "MemorySpend",
     "Period",
     "Rate",
-    "RedisLeases",
-    "RedisRates",
-    "RedisSpend",
     "Reservation",
     "Resource",
     "RuleBook",
@@ -46,4 +41,7 @@ __all__ = [
     "Subjects",
     "Window",
     "WithoutStore",
+    "memory_stores",
+    "open_client",
+    "redis_stores",
 ]

@@ -21,7 +21,7 @@ from claude_wrapper.limits.rates import RateLimits, Reading
 from claude_wrapper.limits.rules import RuleSource
 from claude_wrapper.limits.settings import LimitCounts, LimitSettings
 from claude_wrapper.limits.spending import Spending, SpentReader, Warned
-from claude_wrapper.limits.stores import LeaseStore, RateStore, SpendStore
+from claude_wrapper.limits.stores import Stores
 from claude_wrapper.limits.values import Caller, Resource, Subjects
 
 BUDGET_WARNING: Final = "x-budget-warning"
@@ -37,15 +37,6 @@ class Facts:
 
 
 PLAIN: Final = Facts()
-
-
-@dataclass(frozen=True, slots=True)
-class Stores:
-    """The three kinds of hot counters: `memory` or `redis`."""
-
-    rates: RateStore
-    leases: LeaseStore
-    spend: SpendStore
 
 
 class Admitted:

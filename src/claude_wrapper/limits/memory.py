@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from claude_wrapper.clock import Clock
 from claude_wrapper.limits import budgets, gcra
 from claude_wrapper.limits.gcra import Level, Rate
-from claude_wrapper.limits.stores import Balance, Cap, Charge, Hold, Reserved, Spent, Taken
+from claude_wrapper.limits.stores import Balance, Cap, Charge, Hold, Reserved, Spent, Stores, Taken
 
 _SWEEP_AT = 4096
 """Entries before the first look for dead ones; then at every doubling, so that a sweep costs little per call."""
@@ -192,3 +192,8 @@ class MemorySpend:
             return
         self._accounts = {key: account for key, account in self._accounts.items() if account.forget_at > now}
         self._sweep_at = max(_SWEEP_AT, 2 * len(self._accounts))
+
+
+def memory_stores(clock: Clock) -> Stores:
+    """All three, in this process."""
+    return Stores(MemoryRates(clock), MemoryLeases(clock), MemorySpend(clock))

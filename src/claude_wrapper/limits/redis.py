@@ -12,11 +12,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, cast
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from claude_wrapper.limits.stores import Balance, Cap, Charge, Hold, Reserved, Spent, StoreGone, Taken
+from claude_wrapper.limits.stores import Balance, Cap, Charge, Hold, Reserved, Spent, StoreGone, Stores, Taken
 
+TIMEOUT: Final = 0.25
+"""Seconds for one question: a request must not wait longer for permission than for most answers."""
 _NOW: Final = """
 local now = tonumber(ARGV[1])
 if not now then local t = redis.call('TIME'); now = tonumber(t[1]) + tonumber(t[2]) / 1e6 end
@@ -241,7 +245,7 @@ def _text(value: bytes | str) -> str:
 class RedisRates:
     """`RateStore`: one string `used at` per key, gone when drained."""
 
-    def __init__(self, client: Redis, *, timeout: float = 0.25, now: Callable[[], float] | None = None) -> None:
+    def __init__(self, client: Redis, *, timeout: float = TIMEOUT, now: Callable[[], float] | None = None) -> None:
         """`timeout` in seconds per question; `now` (seconds) replaces the server's clock in tests."""
         self._scripts, (self._take, self._settle) = _scripts(client, timeout, now, _TAKE, _SETTLE_RATES)
 
@@ -274,7 +278,7 @@ class RedisRates:
 class RedisLeases:
     """`LeaseStore`: one sorted set per key, scored by expiry."""
 
-    def __init__(self, client: Redis, *, timeout: float = 0.25, now: Callable[[], float] | None = None) -> None:
+    def __init__(self, client: Redis, *, timeout: float = TIMEOUT, now: Callable[[], float] | None = None) -> None:
         self._client = client
         self._scripts, (self._acquire, self._renew, self._held) = _scripts(
             client, timeout, now, _ACQUIRE, _RENEW, _HELD
@@ -313,7 +317,7 @@ class RedisLeases:
 class RedisSpend:
     """`SpendStore`: one hash per budget window."""
 
-    def __init__(self, client: Redis, *, timeout: float = 0.25, now: Callable[[], float] | None = None) -> None:
+    def __init__(self, client: Redis, *, timeout: float = TIMEOUT, now: Callable[[], float] | None = None) -> None:
         sources = (_RESERVE, _SETTLE_SPEND, _OPEN, _RAISE_TO, _BALANCES)
         self._scripts, made = _scripts(client, timeout, now, *sources)
         self._reserve, self._settle, self._open, self._raise, self._balances = made
@@ -358,3 +362,20 @@ class RedisSpend:
 
 def _pairs(flat: Sequence[Any], make: Callable[[int, int], Any]) -> list[Any]:
     return [make(int(first), int(second)) for first, second in zip(flat[::2], flat[1::2], strict=True)]
+
+
+def redis_stores(client: Redis, *, timeout: float = TIMEOUT, now: Callable[[], float] | None = None) -> Stores:
+    """All three, over one client; the caller closes it."""
+    return Stores(
+        RedisRates(client, timeout=timeout, now=now),
+        RedisLeases(client, timeout=timeout, now=now),
+        RedisSpend(client, timeout=timeout, now=now),
+    )
+
+
+def open_client(url: str, *, connections: int = 50) -> Redis:
+    """A client that fails at once: waiting and retrying are decided here, by time-outs and policies."""
+    pool = BlockingConnectionPool.from_url(
+        url, max_connections=connections, timeout=TIMEOUT, retry=Retry(NoBackoff(), 1), socket_connect_timeout=TIMEOUT
+    )
+    return Redis.from_pool(pool)

@@ -138,3 +138,12 @@ class SpendStore(Protocol):
     async def balances(self, keys: Sequence[str]) -> tuple[Balance | None, ...]:
         """The counters, None where unknown."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """The three kinds of hot counters, from one adapter: `memory_stores(clock)` or `redis_stores(client)`."""
+
+    rates: RateStore
+    leases: LeaseStore
+    spend: SpendStore
