@@ -92,13 +92,23 @@ async def run_upstream() -> None:
 
 
 async def run_broker(port: int, directory: str, listener: str) -> None:
-    from claude_wrapper.broker import Binding, Broker, BrokerSettings, Credential, CredentialKind, NoGate, NoSink
-    from claude_wrapper.broker import TurnContext
+    from claude_wrapper.broker import (
+        Binding,
+        Broker,
+        BrokerSettings,
+        Credential,
+        CredentialKind,
+        NoGate,
+        NoSink,
+        TurnContext,
+    )
     from claude_wrapper.clock import SystemClock
     from claude_wrapper.ids import RandomIds
 
     credential = Credential("cred_1", CredentialKind.API_KEY, "sk-real", f"http://127.0.0.1:{port}")
-    broker = Broker(BrokerSettings(max_calls=1000, max_connections=1000), SystemClock(), RandomIds(), NoGate(), NoSink())
+    broker = Broker(
+        BrokerSettings(max_calls=1000, max_connections=1000), SystemClock(), RandomIds(), NoGate(), NoSink()
+    )
     await broker.start()
     path = Path(directory) / "api.sock"
     if listener == "aiohttp":
@@ -311,7 +321,9 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         async with role("--role", "upstream") as (up, _):
             port = str(up["port"])
-            async with role("--role", "broker", "--port", port, "--dir", directory, "--listener", arguments.listener) as (
+            async with role(
+                "--role", "broker", "--port", port, "--dir", directory, "--listener", arguments.listener
+            ) as (
                 broker,
                 ask_cpu,
             ):

@@ -55,7 +55,13 @@ async def waking(world: World, asking: asyncio.Task[tuple[int, bytes]]) -> list[
 
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(400, "invalid_request_error"), (401, "authentication_error"), (403, "permission_error"), (404, "not_found_error"), (413, "request_too_large")],
+    [
+        (400, "invalid_request_error"),
+        (401, "authentication_error"),
+        (403, "permission_error"),
+        (404, "not_found_error"),
+        (413, "request_too_large"),
+    ],
 )
 async def test_what_would_fail_again_fails_at_once(world: World, status: int, kind: str) -> None:
     process = await world.process()

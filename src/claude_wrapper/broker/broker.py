@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
-import socket as sockets
 from pathlib import Path
 
 from claude_wrapper.broker.breaker import BreakerView
@@ -17,6 +15,7 @@ from claude_wrapper.broker.lines import Lines
 from claude_wrapper.broker.means import LooseEnds, Means
 from claude_wrapper.broker.refusals import refuse
 from claude_wrapper.broker.settings import BrokerSettings
+from claude_wrapper.broker.sockets import bind_private
 from claude_wrapper.broker.upstream import Upstream
 from claude_wrapper.clock import Clock
 from claude_wrapper.errors import ConfigurationError, Conflict
@@ -135,31 +134,6 @@ async def _listen(path: Path, endpoint: Endpoint, settings: BrokerSettings) -> a
     except BaseException:
         listener.close()
         raise
-
-
-def bind_private(path: Path) -> sockets.socket:
-    """A unix socket at `path`, mode 0600, owned by the owner of its directory.
-
-    The directory belongs to the tenant: it is opened without following a link, and the socket's mode is set before it
-    has a name (Linux takes it from the descriptor), so nothing is ever changed through a path that could be swapped.
-    Paths longer than a socket address are reached through the directory's descriptor.
-    """
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    listener = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM | sockets.SOCK_CLOEXEC | sockets.SOCK_NONBLOCK)
-    try:
-        owner = os.fstat(directory)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path.name, dir_fd=directory)  # left by a server that was killed
-        os.fchmod(listener.fileno(), 0o600)
-        listener.bind(f"/proc/self/fd/{directory}/{path.name}")
-        if owner.st_uid != os.geteuid():
-            os.chown(path.name, owner.st_uid, owner.st_gid, dir_fd=directory, follow_symlinks=False)
-    except BaseException:
-        listener.close()
-        raise
-    finally:
-        os.close(directory)
-    return listener
 
 
 class _Loopback:
