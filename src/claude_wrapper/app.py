@@ -211,6 +211,7 @@ async def running_server(
             ),
             kept_dir=data_dir / "kept",
             forget_after_seconds=settings.session_seconds,
+            forget_held_after_seconds=settings.held_session_seconds,
         )
         keeper.conversations = conversations
         await pool.start()

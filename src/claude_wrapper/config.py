@@ -188,6 +188,12 @@ class Settings:
         kind="float",
         minimum=1,
     )
+    held_session_seconds: float = setting(
+        24 * 3600.0,
+        "A named conversation or thread that nobody continued for this long is forgotten.",
+        kind="float",
+        minimum=1,
+    )
     max_queued_turns: int = setting(
         16, "Turns that may wait in one conversation; more are refused.", kind="int", minimum=1
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
+from dataclasses import replace
 from typing import TypeVar
 
 import msgspec
@@ -13,8 +14,9 @@ from starlette.responses import Response
 from claude_wrapper.api import errors, sse
 from claude_wrapper.api.bodies import read_body
 from claude_wrapper.api.state import Deps, deps_of
-from claude_wrapper.api.translate import Translated, pooled_turn, turn_for
+from claude_wrapper.api.translate import Translated, owner_of, pooled_turn, turn_for
 from claude_wrapper.errors import AuthenticationFailed, InvalidRequest, WrapperError
+from claude_wrapper.sessions.conversation import Conversation
 from claude_wrapper.sessions.leg import Leg, Started
 from claude_wrapper.tenancy.principal import Principal
 from claude_wrapper.wire import sse as wire_sse
@@ -57,7 +59,31 @@ async def _translate(request: Request, deps: Deps, parsed: MessagesRequest) -> T
     await deps.admit(request, principal, parsed.model)
     credential = await deps.credentials.choose(principal, parsed.oauth_credentials)
     api_version = request.headers.get("anthropic-version", "")
-    return turn_for(parsed, principal, credential, deps, api_version=api_version)
+    thread = _thread(parsed, principal, deps)
+    translated = turn_for(parsed, principal, credential, deps, api_version=api_version)
+    if thread is None:
+        return translated
+    return replace(translated, thread=thread, turn=replace(translated.turn, history=tuple(thread.messages)))
+
+
+def _thread(parsed: MessagesRequest, principal: Principal, deps: Deps) -> Conversation | None:
+    """The thread that the request continues, with what it was created with put back into the request."""
+    thread = parsed.extra.get("thread")
+    if thread is None:
+        return None
+    if not isinstance(thread, dict) or thread.get("type") not in {"create", "continue"}:
+        raise InvalidRequest("must be create or continue", field="thread.type")
+    if parsed.session_id is not None:
+        raise InvalidRequest("cannot be given together with session_id", field="thread")
+    if thread["type"] == "create":
+        return None
+    for name in ("system", "tools"):
+        if getattr(parsed, name) is not None:
+            raise InvalidRequest("is taken from the thread and must not be repeated", field=name)
+    conversation = deps.conversations.thread(owner_of(principal), str(thread.get("previous_message_id")))
+    parsed.system = conversation.thread_fields.get("system")
+    parsed.tools = conversation.thread_fields.get("tools")
+    return conversation
 
 
 async def _principal(request: Request, deps: Deps, parsed: MessagesRequest) -> Principal:
@@ -72,7 +98,13 @@ async def _principal(request: Request, deps: Deps, parsed: MessagesRequest) -> P
 
 async def _submit(request: Request, deps: Deps, parsed: MessagesRequest, translated: Translated) -> tuple[Leg, Started]:
     deps.refuse_when_draining()
-    _, leg = deps.conversations.submit(translated.owner, translated.turn, name=parsed.session_id)
+    if translated.thread is not None:
+        leg = deps.conversations.continue_thread(translated.thread, translated.turn)
+    elif parsed.extra.get("thread") is not None:
+        fields = {"system": parsed.system, "tools": parsed.tools}
+        _, leg = deps.conversations.create_thread(translated.owner, translated.turn, fields)
+    else:
+        _, leg = deps.conversations.submit(translated.owner, translated.turn, name=parsed.session_id)
     return leg, await _unless_gone(request, leg, leg.started)
 
 

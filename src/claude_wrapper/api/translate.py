@@ -16,6 +16,7 @@ from claude_wrapper.broker.calls import Credential, CredentialKind
 from claude_wrapper.errors import InvalidRequest, PermissionDenied
 from claude_wrapper.sandbox.security import SecurityPolicy
 from claude_wrapper.sessions.bridge import CLIENT_SERVER
+from claude_wrapper.sessions.conversation import Conversation
 from claude_wrapper.sessions.spec import ConversationSpec, OnDisconnect, Owner, TurnInput
 from claude_wrapper.tenancy.principal import Principal
 from claude_wrapper.wire.extensions import AgentOptions, McpServer
@@ -28,7 +29,7 @@ _UNSUPPORTED: Final[Mapping[str, str]] = {
     "container": "server-side containers are not offered here; the agent has a workspace of its own",
     "diagnostics": "diagnostics are not offered here",
 }
-_REFUSED_BETA: Final = frozenset({"thread", "fallbacks", "compaction", "context_management"})
+_REFUSED_BETA: Final = frozenset({"fallbacks", "compaction", "context_management"})
 _PLAIN: Final[Mapping[str, Any]] = {"thinking": None, "context_management": None}
 """What the CLI asks for by itself and a plain model request does not: removed unless the caller asks for it."""
 
@@ -39,6 +40,8 @@ class Translated:
 
     owner: Owner
     turn: TurnInput
+    thread: Conversation | None = None
+    """The thread that the request continues."""
 
 
 def turn_for(
@@ -86,7 +89,7 @@ def turn_for(
 
 def pooled_turn(translated: Translated) -> Translated:
     """The original system's endpoint: one process per caller where that is possible without mixing conversations."""
-    return Translated(translated.owner, replace(translated.turn, reuse_idle=True))
+    return replace(translated, turn=replace(translated.turn, reuse_idle=True))
 
 
 def owner_of(principal: Principal) -> Owner:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -87,17 +87,22 @@ class Conversation:
         owner: Owner,
         rooms: Rooms,
         *,
-        named: bool,
+        held: bool,
         on_settled: Callable[[Conversation], None],
     ) -> None:
         """`on_settled` is called when the known history changed and the conversation can be found by it again."""
         self.session = session
         self.owner = owner
-        self.named = named
+        self.held = held
+        """Whether the server holds the history for its caller; else the caller sends it with every request."""
         self.created_at: datetime = rooms.clock.now()
         self.last_used: float = rooms.clock.monotonic()
         self.messages: list[Message] = []
         """The history as its caller knows it."""
+        self.head: str | None = None
+        """Id of the last message that was answered."""
+        self.thread_fields: Mapping[str, Any] = {}
+        """What a thread was created with and its continuations do not repeat: `system`, `tools`."""
         self.resume: Resume | None = None
         self.turns = 0
         self.process: SlotProcess | None = None
@@ -307,7 +312,7 @@ class Conversation:
         if error is None and not running.interrupted:
             error = _failure(leg.merger, calls)
         if error is None and not running.interrupted and not running.cut:
-            self.messages.append(Message("assistant", leg.merger.message()["content"]))
+            self._answered(leg)
             leg.finish()
             return Keep.SESSION
         leg.finish(error or (TurnInterrupted() if running.interrupted and not running.cut else None))
@@ -318,13 +323,18 @@ class Conversation:
         self._forget_last(running)
         if not running.cut or error is not None:
             return Keep.SESSION
-        answered = [*running.user_messages, Message("assistant", leg.merger.message()["content"])]
+        self.messages.extend(running.user_messages)
+        self._answered(leg)
+        answered = self.messages[-2:]
         try:
             await process.agent.inject([{"role": one.role, "content": one.content} for one in answered])
         except WrapperError:
             return Keep.DISCARD
-        self.messages.extend(answered)
         return Keep.SESSION
+
+    def _answered(self, leg: Leg) -> None:
+        self.messages.append(Message("assistant", leg.merger.message()["content"]))
+        self.head = leg.merger.message_id
 
     def _forget_last(self, running: _Running) -> None:
         """The caller will send its last message again: it is not part of the known history."""
@@ -356,7 +366,7 @@ class Conversation:
         leg = running.leg
         message = leg.merger.message()
         self._bridge.expect([block["id"] for block in message["content"] if block["type"] == "tool_use"])
-        self.messages.append(Message("assistant", message["content"]))
+        self._answered(leg)
         running.parked = asyncio.Event()
         running.deadline.reschedule(None)
         leg.finish()

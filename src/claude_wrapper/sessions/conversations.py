@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,19 @@ log = structlog.get_logger(__name__)
 class Conversations:
     """The registry. One instance per server; every look-up takes the owner."""
 
-    def __init__(self, rooms: Rooms, *, kept_dir: Path, forget_after_seconds: float) -> None:
+    def __init__(
+        self, rooms: Rooms, *, kept_dir: Path, forget_after_seconds: float, forget_held_after_seconds: float
+    ) -> None:
         self._rooms = rooms
         self._kept_dir = kept_dir
         self._forget_after = forget_after_seconds
+        self._forget_held_after = forget_held_after_seconds
         self._by_session: dict[str, Conversation] = {}
         self._by_name: dict[tuple[Owner, str], Conversation] = {}
         self._by_history: dict[str, deque[Conversation]] = {}
         self._indexed: dict[str, str] = {}
+        self._by_message: dict[str, Conversation] = {}
+        self._message_ids: dict[str, list[str]] = {}
 
     def __len__(self) -> int:
         return len(self._by_session)
@@ -53,15 +58,53 @@ class Conversations:
         Raises NotFound for a session id of somebody else, InvalidRequest for messages that do not continue it.
         """
         history: Sequence[Message] = turn_input.history
-        results = _tool_results(turn_input.content)
+        results = tool_results(turn_input.content)
         conversation = self._named(owner, name) if name else self._continued(owner, history, results)
         if name:
             history = self._known_history(conversation, owner, turn_input, history)
-        turn_input = replace(turn_input, history=history)
+        return conversation, self._run(conversation, replace(turn_input, history=history), results)
+
+    def _run(self, conversation: Conversation, turn_input: TurnInput, results: Sequence[dict[str, Any]]) -> Leg:
         self._unindex(conversation)
         if results and conversation.awaiting_tools:
-            return conversation, self._answer(conversation, turn_input, results)
-        return conversation, conversation.submit(turn_input)
+            return self._answer(conversation, turn_input, results)
+        return conversation.submit(turn_input)
+
+    # Threads (beta `message-threads`): the server holds the history under the id of the last message -------------------
+
+    def create_thread(self, owner: Owner, turn_input: TurnInput, fields: Mapping[str, Any]) -> tuple[Conversation, Leg]:
+        """A conversation that is continued by message id; `fields` are what its continuations do not repeat."""
+        conversation = self._new(owner, held=True)
+        conversation.thread_fields = dict(fields)
+        return conversation, self._run(conversation, turn_input, ())
+
+    def thread(self, owner: Owner, previous_message_id: str) -> Conversation:
+        """The thread whose last answer was this message.
+
+        Raises NotFound or InvalidRequest with the API's own `error_code`, after which the SDK sends the whole history.
+        """
+        conversation = self._by_message.get(previous_message_id)
+        if conversation is None or conversation.owner != owner:
+            raise NotFound(
+                f"there is no thread with the message {previous_message_id}", details={"error_code": "thread_not_found"}
+            )
+        if conversation.head != previous_message_id:
+            raise InvalidRequest(
+                "the thread was continued after this message already",
+                field="thread.previous_message_id",
+                details={"error_code": "thread_already_continued"},
+            )
+        if conversation.busy and not conversation.awaiting_tools:
+            raise InvalidRequest(
+                "another request is continuing this thread",
+                field="thread.previous_message_id",
+                details={"error_code": "thread_continue_in_flight"},
+            )
+        return conversation
+
+    def continue_thread(self, conversation: Conversation, turn_input: TurnInput) -> Leg:
+        """The next turn of a thread; `turn_input.history` is what the thread holds."""
+        return self._run(conversation, turn_input, tool_results(turn_input.content))
 
     def get(self, owner: Owner, session: str) -> Conversation:
         """The owner's conversation. Raises NotFound, also for somebody else's."""
@@ -75,7 +118,7 @@ class Conversations:
             return self.get(owner, name)
         conversation = self._by_name.get((owner, name))
         if conversation is None:
-            conversation = self._by_name[owner, name] = self._new(owner, named=True)
+            conversation = self._by_name[owner, name] = self._new(owner, held=True)
         return conversation
 
     def _continued(self, owner: Owner, history: Sequence[Message], results: Sequence[Any]) -> Conversation:
@@ -86,7 +129,7 @@ class Conversations:
                 continue
             if not conversation.busy or (results and conversation.awaiting_tools):
                 return conversation
-        return self._new(owner, named=False)
+        return self._new(owner, held=False)
 
     def _known_history(
         self, conversation: Conversation, owner: Owner, turn_input: TurnInput, history: Sequence[Message]
@@ -119,10 +162,8 @@ class Conversations:
             )
         return conversation.answer_tools(turn_input, results)
 
-    def _new(self, owner: Owner, *, named: bool) -> Conversation:
-        conversation = Conversation(
-            self._rooms.ids.new(SESSION), owner, self._rooms, named=named, on_settled=self._index
-        )
+    def _new(self, owner: Owner, *, held: bool) -> Conversation:
+        conversation = Conversation(self._rooms.ids.new(SESSION), owner, self._rooms, held=held, on_settled=self._index)
         self._by_session[conversation.session] = conversation
         return conversation
 
@@ -135,8 +176,12 @@ class Conversations:
     def _index(self, conversation: Conversation) -> None:
         """The conversation settled: it can be found by its history again (a named one is found by name)."""
         self._unindex(conversation)
-        if conversation.ended or conversation.named or not conversation.messages:
-            if not conversation.named and not conversation.busy and not conversation.messages:
+        head = conversation.head
+        if conversation.held and not conversation.ended and head is not None and head not in self._by_message:
+            self._by_message[head] = conversation
+            self._message_ids.setdefault(conversation.session, []).append(head)
+        if conversation.ended or conversation.held or not conversation.messages:
+            if not conversation.held and not conversation.busy and not conversation.messages:
                 self._forget(conversation)
             return
         key = self._key(conversation.owner, conversation.messages)
@@ -166,7 +211,7 @@ class Conversations:
             kept = self._kept_dir / session
             await process.keep(kept)
             conversation.resume = Resume(process.agent.session_uuid, kept)
-        elif not conversation.named and not conversation.busy:
+        elif not conversation.held and not conversation.busy:
             # A stateless client sends the history again, and a spare takes it from there.
             self._forget(conversation)
         return conversation.resume
@@ -185,12 +230,12 @@ class Conversations:
         await self._rooms.pool.end_session(session)
 
     async def sweep(self) -> int:
-        """Forget unnamed conversations that nobody continued for long. Returns how many."""
+        """Forget conversations that nobody continued for long. Returns how many."""
         now = self._rooms.clock.monotonic()
         stale = [
             one
             for one in self._by_session.values()
-            if not one.named and not one.busy and now - one.last_used >= self._forget_after
+            if not one.busy and now - one.last_used >= (self._forget_held_after if one.held else self._forget_after)
         ]
         for conversation in stale:
             self._forget(conversation)
@@ -200,13 +245,17 @@ class Conversations:
     def _forget(self, conversation: Conversation) -> None:
         self._unindex(conversation)
         conversation.ended = True
+        for message_id in self._message_ids.pop(conversation.session, ()):
+            self._by_message.pop(message_id, None)
         self._by_session.pop(conversation.session, None)
+        for key in [key for key, one in self._by_name.items() if one is conversation]:
+            del self._by_name[key]
         if conversation.resume is not None:
             kept, conversation.resume = conversation.resume.kept, None
             self._rooms.spawn(_remove(kept))
 
 
-def _tool_results(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+def tool_results(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return []
     return [block for block in content if block.get("type") == "tool_result"]
