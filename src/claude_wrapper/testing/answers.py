@@ -243,7 +243,7 @@ def _size(value: Any) -> int:
         return sum(_size(item) for item in value)
     if isinstance(value, Mapping):
         return sum(_size(item) for key, item in value.items() if key not in {"cache_control", "type"})
-    return 1
+    return 0 if value is None else 1
 
 
 def _tokens(characters: int) -> int:

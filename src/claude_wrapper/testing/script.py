@@ -98,7 +98,8 @@ def parse(text: str) -> list[Step]:
         else:
             _apply(steps[-1], name, argument, tool)
     plain.append(text[position:])
-    steps[-1].text = "".join(plain).strip() if position else text
+    rest = "".join(plain)
+    steps[-1].text = rest if rest == text else rest.strip()
     return steps
 
 

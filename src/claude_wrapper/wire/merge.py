@@ -321,6 +321,8 @@ class MessageMerger:
 
     def _result(self, result: dict[str, Any]) -> list[bytes]:
         failure = _failure(result, self._notice)
+        if failure is not None and self.stop["stop_reason"] == "refusal":
+            return self._end()  # the CLI calls a refusal an error; to the API's clients it is an answer
         if failure is not None:
             return self._fail(failure)
         out = self._start({})

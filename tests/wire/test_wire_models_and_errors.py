@@ -1,0 +1,71 @@
+"""Model lists and error bodies that both SDK families read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from claude_wrapper.testing import MODELS
+from claude_wrapper.wire.errorbody import STATUS_OF_TYPE, error_body, error_frame, type_of_status
+from claude_wrapper.wire.models import find_model, list_to_wire, model_to_wire
+from claude_wrapper.wire.sse import SSEDecoder
+
+
+def test_an_error_body_satisfies_both_families() -> None:
+    body = json.loads(error_body("not_found_error", "No such model", "req_1", {"error_code": "gone", "field": "model"}))
+    assert body["type"] == "error"
+    assert body["request_id"] == "req_1"
+    assert body["error"] == {
+        "type": "not_found_error",
+        "message": "No such model",
+        "details": {"error_code": "gone", "field": "model"},
+        "code": "gone",
+        "param": "model",
+    }
+    assert "details" not in json.loads(error_body("api_error", "x", None))["error"]
+
+
+def test_an_error_frame_is_an_error_event() -> None:
+    (event,) = SSEDecoder().feed(error_frame("overloaded_error", "line\nbreak", "req_1"))
+    assert event.event == "error"
+    assert json.loads(event.data)["error"]["message"] == "line\nbreak"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(418, "invalid_request_error"), (429, "rate_limit_error"), (599, "api_error")]
+)
+def test_every_status_has_a_type(status: int, kind: str) -> None:
+    assert type_of_status(status) == kind
+
+
+def test_types_and_statuses_agree_in_both_directions() -> None:
+    assert {kind: type_of_status(status) for kind, status in STATUS_OF_TYPE.items()} == {k: k for k in STATUS_OF_TYPE}
+
+
+def test_a_model_has_what_both_families_look_for() -> None:
+    item = model_to_wire(MODELS[0])
+    assert {
+        "type": "model",
+        "object": "model",
+        "id": "claude-opus-5-5",
+        "owned_by": "anthropic",
+    }.items() <= item.items()
+    assert isinstance(item["created"], int)
+    assert item["capabilities"]["thinking"]["types"]["adaptive"] == {"supported": True}
+
+
+def test_models_are_found_by_id_and_alias_only() -> None:
+    assert find_model(MODELS, "sonnet") is find_model(MODELS, "claude-sonnet-5-5") is MODELS[1]
+    assert find_model(MODELS, "sonne") is None
+
+
+def test_pages_follow_the_cursors_without_gap_or_overlap() -> None:
+    ids = [model.id for model in MODELS]
+    first = list_to_wire(MODELS, limit=2)
+    second = list_to_wire(MODELS, limit=2, after_id=first["last_id"])
+    assert [item["id"] for page in (first, second) for item in page["data"]] == ids
+    assert (first["has_more"], second["has_more"]) == (True, False)
+    back = list_to_wire(MODELS, limit=1, before_id=ids[2])
+    assert ([item["id"] for item in back["data"]], back["has_more"]) == ([ids[1]], True)
+    assert list_to_wire(MODELS, after_id="unknown")["data"] == []
