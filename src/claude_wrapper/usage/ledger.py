@@ -224,7 +224,8 @@ def _answer(batch: Sequence[_Waiting], error: StorageUnavailable | None) -> None
 async def insert(tx: AsyncConnection, rows: Sequence[Row]) -> int:
     """Add rows to the ledger and its sums; how many were new. The same row twice, here or before, is one row."""
     statement = dialects.insert_ignore(tx.dialect.name, usage_calls, ("id",)).returning(usage_calls.c.id)
-    inserted = set((await tx.execute(statement, [dict(row) for row in rows])).scalars())
-    fresh = {row["id"]: row for row in reversed(rows) if row["id"] in inserted}  # of equal ids the first was kept
+    ordered = sorted(rows, key=lambda row: row["id"])  # two writers of the same rows must not wait for each other crosswise
+    inserted = set((await tx.execute(statement, [dict(row) for row in ordered])).scalars())
+    fresh = {row["id"]: row for row in reversed(ordered) if row["id"] in inserted}  # of equal ids the first was kept
     await rollups.add(tx, fresh.values())
     return len(fresh)
