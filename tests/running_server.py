@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +38,9 @@ class Running:
             "messages": [*(history or []), {"role": "user", "content": text}],
             **fields,
         }
-        async with self.http.post("/v1/messages", json=body) as response:
+        data = io.BytesIO(json.dumps(body).encode())
+        headers = {"content-type": "application/json"}
+        async with self.http.post("/v1/messages", data=data, headers=headers) as response:
             return Answer(response.status, dict(response.headers), await response.json())
 
 

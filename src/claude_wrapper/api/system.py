@@ -12,6 +12,8 @@ from starlette.routing import Route
 
 from claude_wrapper.api.state import Deps, deps_of
 
+_DOCUMENTS = ("/docs", "/redoc", "/openapi.json")
+
 
 def _json(content: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status_code=status, media_type="application/json")
@@ -119,7 +121,7 @@ async def overview(request: Request) -> Response:
 def _routes(request: Request) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     for route in request.app.routes:
-        if not isinstance(route, Route) or route.path.startswith(("/docs/", "/openapi")):
+        if not isinstance(route, Route) or route.path.startswith(_DOCUMENTS):
             continue
         summary = (route.endpoint.__doc__ or "").strip().split("\n")[0]
         rows.extend((method, route.path, summary) for method in sorted((route.methods or set()) - {"HEAD"}))

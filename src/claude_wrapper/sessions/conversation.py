@@ -25,6 +25,7 @@ from claude_wrapper.errors import (
     AgentTimeout,
     Conflict,
     Draining,
+    InvalidRequest,
     RateLimited,
     TurnInterrupted,
     UpstreamError,
@@ -38,6 +39,7 @@ from claude_wrapper.sessions.leg import Item, Leg, Started
 from claude_wrapper.sessions.permissions import Permissions
 from claude_wrapper.sessions.process import Resume, SlotProcess
 from claude_wrapper.sessions.spec import Message, OnDisconnect, Owner, TurnInput
+from claude_wrapper.wire.control import ControlRefused
 from claude_wrapper.wire.merge import CONTINUED_BY_CLI, MessageMerger
 
 log = structlog.get_logger(__name__)
@@ -206,13 +208,19 @@ class Conversation:
         keep = Keep.DISCARD
         try:
             process = claim.process
-            await self._prepare(process, claim.kind, turn_input)
             turn = self._rooms.ids.new(TURN)
+            process.endpoint.bind(self._binding(turn_input))
+            process.endpoint.begin(self._context(turn, turn_input))
+            await self._prepare(process, claim.kind, turn_input)
             started = Started(self.session, turn, process.pid, claim.kind.value, claim.waited_seconds)
             leg.start(started)
             keep = await self._converse(process, turn_input, leg, started)
+        except (InvalidRequest, UpstreamError):
+            # Nothing was said yet: the process is as good as before.
+            keep = Keep.SESSION if claim.kind is Kind.WARM else Keep.DETACH
+            raise
         finally:
-            if keep is Keep.DISCARD:
+            if keep is not Keep.SESSION:
                 self.process = None
             await asyncio.shield(asyncio.ensure_future(claim.release(keep)))
 
@@ -235,7 +243,6 @@ class Conversation:
     async def _prepare(self, process: SlotProcess, kind: Kind, turn_input: TurnInput) -> None:
         """Make the process hold this conversation, with this turn's model and tools."""
         spec = turn_input.spec
-        process.endpoint.bind(self._binding(turn_input))
         bridge = self._bridge
         if kind is not Kind.WARM or bridge is None:
             if bridge is not None:
@@ -247,8 +254,7 @@ class Conversation:
         if kind is not Kind.WARM:
             await self._bind_fresh(process, turn_input)
         if process.model != turn_input.model:
-            await process.agent.set_model(turn_input.model)
-            process.model = turn_input.model
+            await _set_model(process, turn_input.model)
         if turn_input.max_thinking_tokens is not None:
             await process.agent.set_max_thinking_tokens(turn_input.max_thinking_tokens)
         servers = bridge.servers(spec.mcp_servers, with_client_tools=bool(spec.client_tools))
@@ -278,7 +284,6 @@ class Conversation:
 
     async def _converse(self, process: SlotProcess, turn_input: TurnInput, leg: Leg, started: Started) -> Keep:
         line = self._rooms.ids.uuid()
-        process.endpoint.begin(self._context(started.turn, turn_input))
         agent_turn = process.agent.turn(turn_input.content, uuid=line)
         error: WrapperError | None = None
         calls: Sequence[UpstreamCall] = ()
@@ -458,21 +463,36 @@ def _controls(
     return on_control
 
 
+async def _set_model(process: SlotProcess, model: str) -> None:
+    """The CLI asks the upstream about a model that it does not know: its answer is the caller's."""
+    try:
+        await process.agent.set_model(model)
+    except ControlRefused as refused:
+        calls = await process.endpoint.end()
+        raise _upstream_error(calls) or InvalidRequest(refused.message, field="model") from refused
+    process.model = model
+
+
+def _upstream_error(calls: Sequence[UpstreamCall]) -> UpstreamError | None:
+    """The last call that failed, as the broker saw it."""
+    for call in reversed(calls):
+        if call.status >= 400:
+            return UpstreamError(
+                call.error_message,
+                status=call.status,
+                error_type=call.error_type or "api_error",
+                upstream_request_id=call.upstream_request_id,
+                retry_after=call.retry_after,
+            )
+    return None
+
+
 def _failure(merger: MessageMerger, calls: Sequence[UpstreamCall]) -> WrapperError | None:
     """What really went wrong: the broker saw the true status, the CLI only reports its own reading of it."""
     failure = merger.failure
     if failure is None:
         return None
-    for call in reversed(calls):
-        if call.status >= 400:
-            return UpstreamError(
-                call.error_message or failure.message,
-                status=call.status,
-                error_type=call.error_type or failure.type,
-                upstream_request_id=call.upstream_request_id,
-                retry_after=call.retry_after,
-            )
-    return UpstreamError(failure.message, status=failure.status, error_type=failure.type)
+    return _upstream_error(calls) or UpstreamError(failure.message, status=failure.status, error_type=failure.type)
 
 
 def _with_tool_prefix(history: Sequence[Message], client_tools: Sequence[Any]) -> list[dict[str, Any]]:
