@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from claude_wrapper.testing import answers, script
-from claude_wrapper.wire.sse import SSEDecoder
 from claude_wrapper.wire.usage import Usage, UsageReader
 
 counts = st.integers(0, 10**9)
@@ -54,9 +53,9 @@ def test_totals_of_message_delta_overwrite_those_of_message_start() -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(1, 20), st.lists(st.integers(1, 700), min_size=1, max_size=8))
-def test_the_reader_sees_the_same_in_any_chunking(tokens: int, sizes: list[int]) -> None:
-    whole = stream(f"[[think hm]] [[tokens {tokens}]]")
+@given(st.integers(1, 20), st.lists(st.integers(1, 700), min_size=1, max_size=8), st.sampled_from([b"\n", b"\r\n"]))
+def test_the_reader_sees_the_same_in_any_chunking(tokens: int, sizes: list[int], line_end: bytes) -> None:
+    whole = stream(f"[[think hm]] [[tokens {tokens}]]").replace(b"\n", line_end)
     reader = UsageReader()
     for size in itertools.cycle(sizes):
         reader.feed(whole[:size])
@@ -94,7 +93,7 @@ def test_json_bodies_are_read_too() -> None:
 @settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_no_bytes_make_the_reader_fail(noise: bytes) -> None:
-    reader = UsageReader(SSEDecoder(max_event=64))
+    reader = UsageReader(max_event=64)
     reader.feed(noise)
     reader.feed_json(noise)
     assert reader.usage == Usage()
@@ -105,3 +104,12 @@ def test_text_that_looks_like_an_event_is_not_one() -> None:
     fake = 'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":999}}\n\n'
     reader.feed(stream(f"[[say {script.json.dumps(fake)}]]"))
     assert reader.usage.output_tokens < 20
+
+
+def test_a_stream_with_an_event_over_the_bound_is_no_longer_read_but_does_not_fail() -> None:
+    reader = UsageReader(max_event=1000)
+    for _ in range(5):
+        reader.feed(b"event: message_start\ndata: " + b"x" * 500)
+    assert reader.broken
+    reader.feed(stream("hello"))
+    assert reader.usage == Usage()

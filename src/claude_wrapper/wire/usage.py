@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from claude_wrapper.wire.sse import SSEDecoder
+from claude_wrapper.wire.sse import MAX_EVENT_BYTES, EventStreamError, SSEDecoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +115,23 @@ def _count(value: object, default: Any = None) -> Any:
 class UsageReader:
     """Reads one upstream response as its bytes pass: `feed` for a stream, `feed_json` for a whole JSON body.
 
-    Only the few events that carry totals are decoded; a content delta costs a look at its name. Bytes that are not an
+    Only the few events that carry totals are decoded; a content delta costs a look at its first bytes. Bytes that are not an
     event stream leave everything at its default: a meter must never break the stream that it watches. A stream whose
     event exceeds the size bound sets `broken` and is no longer read.
     """
 
-    __slots__ = ("_decoder", "broken", "complete", "error", "message_id", "model", "stop_reason", "usage")
+    __slots__ = (
+        "_buffer", "_decoder", "_max", "_plain", "_scanned",
+        "broken", "complete", "error", "message_id", "model", "stop_reason", "usage",
+    )  # fmt: skip
 
-    def __init__(self, decoder: SSEDecoder | None = None) -> None:
-        self._decoder = decoder or SSEDecoder()
+    def __init__(self, max_event: int = MAX_EVENT_BYTES) -> None:
+        """`max_event`: most bytes that one event may hold."""
+        self._max = max_event
+        self._decoder = SSEDecoder(max_event)
+        self._buffer = bytearray()
+        self._scanned = 0  # bytes of the buffer known to hold no end of an event
+        self._plain = True  # no CR was seen: events end with two LF, as Anthropic sends them
         self.usage = Usage()
         self.model: str | None = None
         self.message_id: str | None = None
@@ -138,12 +146,33 @@ class UsageReader:
         """The next bytes of a streamed response, in any chunking."""
         if self.broken:
             return
+        self._buffer += chunk
+        if self._plain and b"\r" in chunk:
+            self._plain = False
         try:
-            events = self._decoder.feed(chunk)
-        except Exception:  # noqa: BLE001 (the caller's bytes go on; only the metering stops)
+            if self._plain:
+                self._skim()
+            else:
+                whole, self._buffer = bytes(self._buffer), bytearray()
+                self._read(whole)
+        except EventStreamError:  # the caller's bytes go on; only the metering stops
             self.broken = True
-            return
-        for event in events:
+            self._buffer.clear()
+
+    def _skim(self) -> None:
+        """Read the complete events of the buffer, content deltas left out."""
+        buffer, start = self._buffer, 0
+        while (end := buffer.find(b"\n\n", max(start, self._scanned))) >= 0:
+            if not buffer.startswith(_DELTA, start):
+                self._read(bytes(buffer[start : end + 2]))
+            start = self._scanned = end + 2
+        del buffer[:start]
+        if len(buffer) > self._max:
+            raise EventStreamError(f"an event of the stream is larger than {self._max} bytes")
+        self._scanned = max(0, len(buffer) - 1)  # the last byte may be the first of the two
+
+    def _read(self, data: bytes) -> None:
+        for event in self._decoder.feed(data):
             if event.event in _WITH_TOTALS or event.event is None:
                 self._event(event.data)
 
@@ -179,6 +208,7 @@ class UsageReader:
         self.usage = self.usage.updated(message.get("usage"))
 
 
+_DELTA = b"event: content_block_delta\n"
 _WITH_TOTALS = frozenset({"message_start", "message_delta", "message_stop", "error"})
 
 
