@@ -131,6 +131,18 @@ async def test_the_system_is_read_only(sandbox: BwrapSandbox, dirs: SlotDirs, ui
     assert out == ""
 
 
+async def test_kernel_settings_cannot_be_opened_even_by_a_root_servers_own_uid(
+    sandbox: BwrapSandbox, slots: Path
+) -> None:
+    shared = sandbox.create_dirs(slots / "slot_shared", None)
+    script = "for f in kernel/core_pattern kernel/hostname vm/swappiness; do (: >> /proc/sys/$f) && echo opened; done"
+    _, out, err = await run(sandbox, shared, script)
+    sandbox.remove_dirs(shared)
+
+    assert out == ""
+    assert err.count("Read-only") == 3
+
+
 async def test_there_is_no_network_but_the_loopback_of_its_own(
     sandbox: BwrapSandbox, dirs: SlotDirs, uid: int | None
 ) -> None:
@@ -201,12 +213,25 @@ async def test_a_fork_bomb_is_bounded_and_others_can_start(
     sandbox: BwrapSandbox, dirs: SlotDirs, uid: int | None, slots: Path
 ) -> None:
     other = sandbox.create_dirs(slots / "slot_two", OTHER if uid else None)
-    script = "echo go; i=0; while [ $i -lt 300 ]; do sleep 60 2>/dev/null & i=$((i+1)); done; wait"
+    # Python, because a shell that cannot fork gives up.
+    (dirs.work / "bomb.py").write_text("""
+import os, time
+for _ in range(300):
+    try:
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+    except OSError:
+        pass
+print("go", flush=True)
+time.sleep(60)
+""")
+    script = f"{INSIDE_PYTHON} /work/bomb.py"
     process = await spawn(sandbox.prepare(shell_spec(sandbox, dirs, script, uid=uid, limits=limits(processes=40))))
     assert process.stdout is not None
     async with asyncio.timeout(20):
-        await process.stdout.readline()
-        await eventually(lambda: len(processes.descendants(process.pid)) >= 35)
+        assert await process.stdout.readline() == b"go\n"
+        assert len(processes.descendants(process.pid)) >= 35
         code, out, _ = await run(sandbox, other, "echo alive", uid=OTHER if uid else None)
         assert len(processes.descendants(process.pid)) <= 41
     await sandbox.kill(process.pid, dirs)

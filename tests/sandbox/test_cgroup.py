@@ -129,7 +129,7 @@ def test_what_a_dead_server_left_is_swept_at_the_next_start() -> None:
         removed = cgroup.sweep(found)
 
         assert left.wait(10) == -9
-        assert {parent.name for parent in removed} == {f"claude-wrapper-{dead}"}
+        assert f"claude-wrapper-{dead}" in {parent.name for parent in removed}
         assert all(parent.exists() for _, parent in alive.parents)
         alive.close()
     finally:

@@ -214,7 +214,9 @@ def curated_root(host: Path) -> Iterator[str]:
 
 
 def _own_file_systems(limits: Limits) -> Iterator[str]:
-    yield from ("--proc", "/proc", "--dev", "/dev")
+    # A process whose uid outside is root's could write the kernel's settings (core_pattern runs programs on the host),
+    # whatever its user namespace: bubblewrap leaves /proc/sys writable with --disable-userns.
+    yield from ("--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev")
     # --dev alone leaves an unbounded tmpfs at /dev and /dev/shm.
     yield from ("--size", str(limits.shm_bytes), "--perms", "1777", "--tmpfs", _SHM, "--remount-ro", "/dev")
     yield from ("--size", str(limits.tmp_bytes), "--perms", "1777", "--tmpfs", _TMP)

@@ -130,7 +130,7 @@ def probe(path: str = commands.SYSTEM_PATH) -> HostReport:
         findings=(
             *(_bwrap(works, why_not, tools), _userns(strict, why_not_strict), _uids(uids, why_no_uids)),
             *(_landlock(abi), _filter(restricted, why_not_restricted), *_cgroups(list(hierarchies))),
-            *(_openat2(), _disk(tools)),
+            *(_openat2(), _disk(tools), _init(os.getpid())),
         ),
         unavailable=unavailable,
         tools=tools,
@@ -296,4 +296,12 @@ def _disk(tools: Tools) -> Finding:
         ),
         "disk use is measured after the fact: an agent can fill the disk faster than it is noticed",
         f"a root server with CAP_SYS_ADMIN and /dev/loop-control (kernel {platform.release()}), and e2fsprogs",
+    )
+
+
+def _init(server_pid: int) -> Finding:
+    return Finding(
+        *("init", "an init process that reaps orphans", server_pid != 1, f"the server is process {server_pid}"),
+        "orphans of agents in `restricted` and `none` stay as zombies and count against process limits",
+        "Docker: `--init`. Kubernetes: `shareProcessNamespace: true`, or an image that starts with tini",
     )
