@@ -134,11 +134,12 @@ class Agent(Link):
             await self._exchange(user_line("/clear", uuid=uuid, as_written=False), uuid)
             self._first_uuid = self._last_uuid = None
 
-    async def inject(self, messages: Sequence[Mapping[str, Any]], *, model: str = "claude-history") -> None:
+    async def inject(self, messages: Sequence[Mapping[str, Any]], *, model: str) -> None:
         """Put a past into the conversation, in order, without asking the model.
 
-        `messages` are those of the Messages API, from a user's to an assistant's. About 4.5 ms a pair. Raises
-        InvalidRequest before anything is sent. `model` is noted on the assistant's messages; it is not sent upstream.
+        `messages` are those of the Messages API, from a user's to an assistant's. About 5 ms a pair. Raises
+        InvalidRequest before anything is sent. `model` must be the conversation's: the CLI drops thinking blocks
+        that another model wrote.
         """
         past = exchanges(messages)
         lines = []
