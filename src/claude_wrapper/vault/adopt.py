@@ -12,7 +12,6 @@ from datetime import datetime
 
 from claude_wrapper.errors import Conflict, InvalidRequest
 from claude_wrapper.storage.engine import Database
-from claude_wrapper.storage.failures import conflict_when_duplicate
 from claude_wrapper.tenancy.audit import Scribe
 from claude_wrapper.tenancy.principal import Principal
 from claude_wrapper.vault.credentials import OWN, Rules, find_for_token, insert_credential
@@ -65,8 +64,7 @@ async def adopt_tokens(
         async with db.transaction() as tx:
             if (found := await find_for_token(tx, principal, own, tokens)) is not None:
                 return found
-            with conflict_when_duplicate("another request keeps these tokens at this moment"):
-                return await insert_credential(tx, principal, scribe, spec, keys=own, rules=rules)
+            return await insert_credential(tx, principal, scribe, spec, keys=own, rules=rules)
     except Conflict:
         found = await db.query(lambda tx: find_for_token(tx, principal, own, tokens))
         if found is None:

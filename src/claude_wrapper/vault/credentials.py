@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from claude_wrapper import ids
 from claude_wrapper.errors import InvalidRequest, NotFound, PermissionDenied
 from claude_wrapper.storage.engine import announce
+from claude_wrapper.storage.failures import conflict_when_duplicate
 from claude_wrapper.storage.pagination import Page, PageRequest, fetch_page
 from claude_wrapper.storage.tables.tenancy import org_members, workspaces
 from claude_wrapper.storage.tables.vault import vault_credentials, vault_oauth_identities
@@ -102,7 +103,15 @@ async def insert_credential(
     }
     await tx.execute(sa.insert(vault_credentials).values(**values))
     if spec.kind is CredentialKind.OAUTH:
-        await remember_tokens(tx, principal, keys=keys, credential_id=credential_id, secret=secret, now=now)
+        await remember_tokens(
+            tx,
+            principal,
+            keys=keys,
+            credential_id=credential_id,
+            secret=secret,
+            now=now,
+            first_only=spec.named_only,  # two requests that bring the same tokens must end with one credential
+        )
     made = read_credential(SimpleNamespace(**values))
     await scribe.record(tx, principal, "credential.create", ("credential", made.id), after=audited(made))
     announce_change(tx, principal)
@@ -227,19 +236,22 @@ async def remember_tokens(
     credential_id: str,
     secret: dict[str, str],
     now: datetime,
+    first_only: bool = False,
 ) -> None:
-    """Let these tokens lead back to their credential, also after they have been refreshed."""
+    """Let these tokens lead back to their credential, also after they have been refreshed.
+
+    Tokens that led to another credential lead to this one now; with `first_only` that is a Conflict instead.
+    """
+    table = vault_oauth_identities
     for token in secret.values():
         fingerprint = keys.fingerprint(token)
-        table = vault_oauth_identities
-        where = (owned(principal, table), table.c.fingerprint == fingerprint)
-        done = await tx.execute(table.update().where(*where).values(credential_id=credential_id))
-        if not done.rowcount:
-            await tx.execute(
-                sa.insert(table).values(
-                    org_id=principal.org, fingerprint=fingerprint, credential_id=credential_id, created_at=now
-                )
-            )
+        if not first_only:
+            where = (owned(principal, table), table.c.fingerprint == fingerprint)
+            if (await tx.execute(table.update().where(*where).values(credential_id=credential_id))).rowcount:
+                continue
+        values = {"org_id": principal.org, "fingerprint": fingerprint, "credential_id": credential_id}
+        with conflict_when_duplicate("these tokens are being kept by another request at this moment"):
+            await tx.execute(sa.insert(table).values(**values, created_at=now))
 
 
 def sealed_values(
