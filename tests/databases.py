@@ -209,7 +209,7 @@ def running_postgres() -> Iterator[PostgresServer]:
     )
     if done.returncode:
         raise RuntimeError(f"initdb failed:\n{done.stdout.decode()}{done.stderr.decode()}")
-    quick = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "shared_buffers": "32MB"}
+    quick = {"fsync": "off", "full_page_writes": "off", "shared_buffers": "32MB"}
     quick |= {"listen_addresses": "", "unix_socket_directories": str(state), "max_connections": "200"}
     quick |= {"autovacuum": "off", "jit": "off", "max_wal_size": "256MB"}
     options = [f"-c{name}={value}" for name, value in quick.items()]
