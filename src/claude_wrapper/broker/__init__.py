@@ -5,6 +5,7 @@ No secret is inside the sandbox: the process knows a socket (or a loopback path)
 
 from claude_wrapper.broker.bodies import SYSTEM_PLACEHOLDER, refused_overrides
 from claude_wrapper.broker.breaker import BreakerView
+from claude_wrapper.broker.bridge import McpBridge
 from claude_wrapper.broker.broker import SOCKET_BASE_URL, Broker
 from claude_wrapper.broker.calls import (
     Binding,
@@ -19,7 +20,10 @@ from claude_wrapper.broker.calls import (
     TurnContext,
     UpstreamCall,
 )
+from claude_wrapper.broker.egress import Egress, EgressSettings
 from claude_wrapper.broker.endpoint import Endpoint
+from claude_wrapper.broker.hosts import HostRules
+from claude_wrapper.broker.mcp import FixedHeaders, McpCredential, McpServer
 from claude_wrapper.broker.settings import BrokerSettings
 
 __all__ = [
@@ -32,8 +36,15 @@ __all__ = [
     "CallSink",
     "Credential",
     "CredentialKind",
+    "Egress",
+    "EgressSettings",
     "Endpoint",
+    "FixedHeaders",
     "Gate",
+    "HostRules",
+    "McpBridge",
+    "McpCredential",
+    "McpServer",
     "NoGate",
     "NoSink",
     "Observer",

@@ -8,10 +8,14 @@ import random
 from pathlib import Path
 
 from claude_wrapper.broker.breaker import BreakerView
+from claude_wrapper.broker.bridge import McpBridge
 from claude_wrapper.broker.calls import CallSink, Gate, Observer
+from claude_wrapper.broker.egress import Egress, EgressSettings
 from claude_wrapper.broker.endpoint import Endpoint
+from claude_wrapper.broker.hosts import Resolver
 from claude_wrapper.broker.http1 import Connection, Handler, Head
 from claude_wrapper.broker.lines import Lines
+from claude_wrapper.broker.mcp import McpClient, McpServer
 from claude_wrapper.broker.means import LooseEnds, Means
 from claude_wrapper.broker.refusals import refuse
 from claude_wrapper.broker.settings import BrokerSettings
@@ -41,8 +45,9 @@ class Broker:
         *,
         observer: Observer | None = None,
         rng: random.Random | None = None,
+        resolver: Resolver | None = None,
     ) -> None:
-        """`rng` spreads retries and decides nothing else."""
+        """`rng` spreads retries and decides nothing else; `resolver` is for egress and MCP."""
         observer = observer or Observer()
         self._means = Means(
             settings=settings,
@@ -52,6 +57,7 @@ class Broker:
             sink=sink,
             observer=observer,
             upstream=Upstream(settings.connect_seconds, settings.read_seconds),
+            mcp=McpClient(permitted=settings.permitted_networks, resolver=resolver),
             lines=Lines(settings, clock, observer),
             loose_ends=LooseEnds(),
             rng=rng or random.Random(),  # noqa: S311 (jitter, not a secret)
@@ -59,11 +65,13 @@ class Broker:
         self._endpoints: dict[str, Endpoint] = {}
         self._servers: dict[str, asyncio.Server] = {}
         self._loopback = _Loopback(self._means)
+        self._resolver = resolver
         self._started = False
 
     async def start(self) -> None:
         """Get ready to open endpoints."""
         await self._means.upstream.start()
+        await self._means.mcp.start()
         self._started = True
 
     async def close(self) -> None:
@@ -73,6 +81,7 @@ class Broker:
         await self._loopback.close()
         await self._means.loose_ends.finish(self._means.settings.finish_seconds)
         await self._means.upstream.close()
+        await self._means.mcp.close()
 
     async def open(self, slot: str, socket: Path | None) -> Endpoint:
         """The endpoint of `slot`: on the unix socket `socket` (its directory exists and belongs to the process's uid),
@@ -105,6 +114,18 @@ class Broker:
             del self._endpoints[slot]
             raise ConfigurationError(f"cannot listen on {socket}: {error.strerror or error}") from error
         return endpoint
+
+    async def open_egress(self, slot: str, socket: Path, settings: EgressSettings | None = None) -> Egress:
+        """The slot's CONNECT proxy on the unix socket `socket`. It allows nothing until `Egress.allow`; the caller closes
+        it. Raises ConfigurationError."""
+        settings = settings or EgressSettings(permitted=self._means.settings.permitted_networks)
+        egress = Egress(slot, self._means.observer, settings=settings, resolver=self._resolver)
+        await egress.start(socket)
+        return egress
+
+    def mcp_bridge(self, server: McpServer) -> McpBridge:
+        """A conversation with a remote MCP server for the CLI's `mcp_message` requests; the caller closes it."""
+        return McpBridge(self._means.mcp, server)
 
     def breakers(self) -> tuple[BreakerView, ...]:
         """Breakers that have seen failures."""

@@ -151,6 +151,9 @@ class Observer:
     def egress(self, slot: str, host: str, port: int, allowed: bool, reason: str) -> None:
         """A process asked to connect to `host:port` through the egress proxy."""
 
+    def mcp(self, binding: Binding, server: str, method: str, status: int, seconds: float) -> None:
+        """A process's request to a remote MCP server ended."""
+
     def fault(self, where: str, error: BaseException) -> None:
         """Something raised that should not have; the call was answered with an error."""
 

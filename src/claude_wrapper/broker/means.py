@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from claude_wrapper.broker.calls import CallSink, Gate, Observer
 from claude_wrapper.broker.lines import Lines
+from claude_wrapper.broker.mcp import McpClient
 from claude_wrapper.broker.settings import BrokerSettings
 from claude_wrapper.broker.upstream import Upstream
 from claude_wrapper.clock import Clock
@@ -49,6 +50,7 @@ class Means:
     sink: CallSink
     observer: Observer
     upstream: Upstream
+    mcp: McpClient
     lines: Lines
     loose_ends: LooseEnds
     rng: random.Random

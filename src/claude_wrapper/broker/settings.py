@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from claude_wrapper.broker.addresses import Network
+
 
 @dataclass(frozen=True, slots=True)
 class BrokerSettings:
@@ -53,6 +55,9 @@ class BrokerSettings:
     """Consecutive failures after which the breaker opens."""
     breaker_seconds: float = 60.0
     """How long an open breaker waits before it lets one probe through."""
+
+    permitted_networks: tuple[Network, ...] = ()
+    """The operator's own networks that MCP servers and egress may reach although they are private."""
 
     estimate_output_tokens: int = 8192
     """Output tokens that are reserved for a call at most; the CLI asks for 128,000 and rarely gets near."""

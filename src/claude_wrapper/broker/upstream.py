@@ -65,7 +65,7 @@ class Answer:
         try:
             return await self._content.readany()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _failure(error) from error
+            raise failure_of(error) from error
 
     async def read_all(self, limit: int) -> bytes:
         """The rest of the body, at most `limit` bytes. Raises UpstreamFailure."""
@@ -126,12 +126,12 @@ class Upstream:
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise _failure(error) from error
+            raise failure_of(error) from error
         return Answer(response)
 
 
-def _failure(error: Exception) -> UpstreamFailure:
-    """The texts name no address: they reach the process."""
+def failure_of(error: Exception) -> UpstreamFailure:
+    """What a client error means. The texts name no address: they reach the process."""
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return UpstreamFailure(UNREACHABLE, "The upstream did not accept a connection in time.")
     if isinstance(error, TimeoutError):
