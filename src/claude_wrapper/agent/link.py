@@ -44,7 +44,7 @@ from claude_wrapper.wire.turn import TurnEvent, TurnState
 OnStray = Callable[[Frame], None]
 
 _INTERRUPT_AGAIN = 1.0
-_LAST_WORDS_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 1.0
 
 
 class _Lifecycle(msgspec.Struct):
