@@ -142,6 +142,15 @@ def test_the_standard_librarys_records_become_lines_of_ours(logs: Logs, out: io.
     assert line["message"] == "started with [redacted]"
 
 
+def test_libraries_write_no_debug_lines_and_no_appended_objects(logs: Logs, out: io.StringIO) -> None:
+    logs.set_level("debug")
+    library = logging.getLogger("aiosqlite")
+    library.debug("executing %s", "INSERT the customer's own words")
+    library.error("Task exception was never retrieved\nfuture: <Task 'the customer's own words'>")
+    library.error("two of %s", "one", "another")
+    assert [line["message"] for line in lines(out)] == ["Task exception was never retrieved", "two of %s"]
+
+
 def test_configuring_twice_doubles_no_line(out: io.StringIO) -> None:
     configure("info", "json", io.StringIO())
     made = configure("info", "json", out)

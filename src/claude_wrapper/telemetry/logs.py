@@ -30,6 +30,7 @@ _NAME_OF: Final[Mapping[str, str]] = {"warn": "warning", "exception": "error", "
 MAX_LINE: Final = 32_768
 """Characters of a line; beyond it long fields are cut to `MAX_FIELD` each, and the line says `cut`."""
 MAX_FIELD: Final = 1_024
+MAX_LIBRARY_LINE: Final = 500
 _SAMPLED_BY: Final = ("request", "turn", "job", "session")
 
 Counted = Callable[[str], None]
@@ -77,6 +78,8 @@ class Logs:
     def set_level(self, level: str) -> None:
         """The least severe level that is written: a key of `LEVELS`. Raises KeyError for any other name."""
         self._threshold = LEVELS[level]
+        # Libraries' debug lines quote what they handle (statements with their parameters): never written.
+        logging.getLogger().setLevel(max(logging.INFO, self._threshold))
 
     def set_sample(self, sample: Mapping[str, float]) -> None:
         """The share of lines to keep, by event name; see `configure`."""
@@ -163,7 +166,7 @@ class _Bridge(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if not self._logs.enabled(record.levelno):
             return
-        fields: dict[str, Any] = {"event": "library.logged", "module": record.name, "message": record.getMessage()}
+        fields: dict[str, Any] = {"event": "library.logged", "module": record.name, "message": _first_line(record)}
         if record.exc_info and record.exc_info[1] is not None:
             fields["exc_info"] = record.exc_info[1]
         level = "debug" if record.levelno < 20 else record.levelname.lower()
@@ -214,7 +217,6 @@ def configure(
     for handler in [one for one in root.handlers if isinstance(one, _Bridge)]:
         root.removeHandler(handler)
     root.addHandler(logs._bridge)  # noqa: SLF001 - the bridge is this module's own
-    root.setLevel(min(logging.INFO, LEVELS[level]) if level == "debug" else LEVELS[level])
     return logs
 
 
@@ -222,6 +224,15 @@ def get_logger(name: str) -> structlog.typing.FilteringBoundLogger:
     """A logger whose lines carry `module: name`; may be made at import time, before `configure`."""
     logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(module=name)
     return logger
+
+
+def _first_line(record: logging.LogRecord) -> str:
+    """What a library says, without what it appends: asyncio and SQLAlchemy put whole objects into further lines."""
+    try:
+        message = record.getMessage()
+    except (TypeError, ValueError):  # arguments that do not fit the format: the library's fault, not the caller's
+        message = str(record.msg)
+    return message.split("\n", 1)[0][:MAX_LIBRARY_LINE]
 
 
 def _kept(share: float, bound: Mapping[str, str], event: Mapping[str, Any]) -> bool:
