@@ -56,7 +56,7 @@ class Admitted:
     @property
     def headers(self) -> dict[str, str]:
         """`anthropic-ratelimit-*` for the answer, and a warning if a budget is passed."""
-        found = rate_limits.headers(self._readings, self._admission.clock.now())
+        found = self._counted()
         if self.warnings:
             found[BUDGET_WARNING] = "; ".join(
                 f"{warned.budget.scope} budget per {warned.budget.period} passed" for warned in self.warnings
@@ -72,8 +72,8 @@ class Admitted:
         self._readings = await admission.rates.admit(rules, subjects)
         try:
             if self._facts.turn:
-                told = self._headers_if_counted()
-                self._place = await admission.concurrency.acquire(rules, subjects, Resource.CONCURRENT_TURNS, told)
+                turns = Resource.CONCURRENT_TURNS
+                self._place = await admission.concurrency.acquire(rules, subjects, turns, self._counted)
             self.warnings = await admission.spending.check(rules, subjects)
         except BaseException:
             await self._undo()
@@ -88,8 +88,8 @@ class Admitted:
         if place is not FREE:
             await self._admission.concurrency.release(place)
 
-    def _headers_if_counted(self) -> dict[str, str]:
-        return rate_limits.headers(self._readings, self._admission.clock.now()) if self._readings else {}
+    def _counted(self) -> dict[str, str]:
+        return rate_limits.headers(self._readings, self._admission.clock.now())
 
     async def _undo(self) -> None:
         place, self._place = self._place, FREE

@@ -48,6 +48,9 @@ class Window:
     start: datetime
     end: datetime | None
 
+    def holds(self, now: datetime) -> bool:
+        return self.start <= now and (self.end is None or now < self.end)
+
     def seconds_left(self, now: datetime) -> float | None:
         return None if self.end is None else max(0.0, (self.end - now).total_seconds())
 

@@ -6,7 +6,8 @@ died come free by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +21,7 @@ from claude_wrapper.limits.stores import Hold, LeaseStore
 from claude_wrapper.limits.values import Resource, Scope, Subjects
 
 LEASE = "lease"
+_MOST_PLANS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,12 @@ class Place:
 FREE = Place("", ())
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    rules: OrgRules
+    holds: tuple[tuple[Scope, Hold], ...]
+
+
 class Concurrency:
     """Takes and gives back places."""
 
@@ -40,45 +48,59 @@ class Concurrency:
         self._store = store
         self._guard = guard
         self._clock = clock
-        self._ids = ids
         self._settings = settings
+        # Random once, counted then: an identifier per turn from the system's random source costs as much as the rest.
+        self._replica = ids.new(LEASE)
+        self._numbers = itertools.count(1)
+        self._plans: dict[tuple[Subjects, Resource], _Plan] = {}
         self._held: dict[str, Place] = {}
 
     async def acquire(
-        self, rules: OrgRules, subjects: Subjects, resource: Resource, headers: Mapping[str, str] | None = None
+        self,
+        rules: OrgRules,
+        subjects: Subjects,
+        resource: Resource,
+        headers: Callable[[], Mapping[str, str]] = dict,
     ) -> Place:
         """Take a place for `resource` under every limit that counts it, or none. Raises LimitReached, StoreGone.
 
-        `headers` go into the refusal.
+        `headers` are asked for when they must go into a refusal.
         """
-        found: list[tuple[Scope, Hold]] = []
-        for scope, ident, own in rules.limits_of(subjects, self._settings):
-            capacity = own.count(resource)
-            if capacity is not None:
-                key = f"{self._settings.key_prefix}:{{{subjects.org}}}:c:{scope}:{ident}:{resource}"
-                found.append((scope, Hold(key, capacity)))
+        found = self._holds(rules, subjects, resource)
         if not found:
             return FREE
         holds = [hold for _, hold in found]
-        place = Place(self._ids.new(LEASE), tuple(hold.key for hold in holds))
+        place = Place(f"{self._replica}.{next(self._numbers)}", tuple(hold.key for hold in holds))
         self._held[place.lease] = place  # before the question: an answer that is lost must not lose the place
         try:
             full = await self._guard.ask(
-                "concurrency",
-                self._settings.concurrency_without_store,
-                lambda: self._asked(holds, place.lease),
+                "concurrency", self._settings.concurrency_without_store, partial(self._asked, holds, place.lease)
             )
         except BaseException:
             await self.release(place)
             raise
-        if full is None:  # the store is away and the policy is open: `keep` will take the place when it is back
-            return place
-        if full >= 0:
+        if full is not None and full >= 0:
             self._held.pop(place.lease, None)
             scope, hold = found[full]
             self._guard.counts.count(self._guard.counts.refused, resource.value)
-            raise count_reached(resource, scope, hold.capacity, headers or {})
-        return place
+            raise count_reached(resource, scope, hold.capacity, headers())
+        return place  # also when the store is away and the policy is open: `keep` takes the place when it is back
+
+    def _holds(self, rules: OrgRules, subjects: Subjects, resource: Resource) -> tuple[tuple[Scope, Hold], ...]:
+        plan = self._plans.get((subjects, resource))
+        if plan is None or plan.rules is not rules:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            prefix = f"{self._settings.key_prefix}:{{{subjects.org}}}:c"
+            plan = self._plans[subjects, resource] = _Plan(
+                rules,
+                tuple(
+                    (scope, Hold(f"{prefix}:{scope}:{ident}:{resource}", capacity))
+                    for scope, ident, own in rules.limits_of(subjects, self._settings)
+                    if (capacity := own.count(resource)) is not None
+                ),
+            )
+        return plan.holds
 
     async def release(self, place: Place) -> None:
         """Give a place back. Never raises for a store that is away: the lease expires by itself."""

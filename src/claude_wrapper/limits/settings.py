@@ -45,12 +45,17 @@ class LimitSettings:
     """First part of all keys in the shared store."""
 
     def default(self, scope: Scope) -> Limits:
-        return {
-            Scope.KEY: self.default_key,
-            Scope.USER: self.default_user,
-            Scope.WORKSPACE: self.default_workspace,
-            Scope.ORGANIZATION: self.default_organization,
-        }.get(scope, NO_LIMITS)
+        match scope:
+            case Scope.KEY:
+                return self.default_key
+            case Scope.USER:
+                return self.default_user
+            case Scope.WORKSPACE:
+                return self.default_workspace
+            case Scope.ORGANIZATION:
+                return self.default_organization
+            case Scope.SESSION:
+                return NO_LIMITS
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ every reservation of today could still be open): a call that is in the ledger bu
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,10 @@ class Spending:
         self._alerts = alerts
         self._guard = guard
         self._clock = clock
-        self._ids = ids
+        # Random once, counted then: an identifier per call from the system's random source costs as much as the rest.
+        self._replica = ids.new(RESERVATION)
+        self._numbers = itertools.count(1)
+        self._current: dict[str, Line] = {}
         self._settings = settings
         self._seen: dict[str, Line] = {}
         self._pending: deque[_Settlement] = deque(maxlen=_MOST_PENDING)
@@ -125,7 +129,7 @@ class Spending:
         lines = self.lines(rules, subjects)
         if not lines:
             return SpendReservation(self, (), "")
-        reservation = self._ids.new(RESERVATION)
+        reservation = f"{self._replica}.{next(self._numbers)}"
         answer = await self._ask(lambda: self._reserved(lines, reservation, amount))
         if answer is None:
             return SpendReservation(self, (), "")
@@ -148,6 +152,8 @@ class Spending:
             window = line.window
             if window.end is not None and window.end + timedelta(seconds=_LATE) < now:
                 del self._seen[key]
+                if self._current.get(line.budget.id) is line:
+                    del self._current[line.budget.id]
             elif closed > window.start:
                 await self._raise(line, min(closed, window.end or closed))
         await self._alerts.redeliver()
@@ -240,14 +246,15 @@ class Spending:
                 await self._alerts.moved(line.budget, line.window, move.before, move.after)
 
     def _line(self, budget: Budget, now: datetime) -> Line:
+        current = self._current.get(budget.id)
+        if current is not None and current.budget is budget and current.window.holds(now):
+            return current
         window = budgets.window(budget.period, now)
         key = f"{self._settings.key_prefix}:{{{budget.org}}}:b:{budget.id}:{window.start:%Y%m%d}"
-        seen = self._seen.get(key)
-        if seen is not None and seen.budget is budget:
-            return seen
-        line = Line(budget, window, key)
-        if len(self._seen) < _MOST_SEEN:
-            self._seen[key] = line
+        if len(self._seen) >= _MOST_SEEN:
+            self._seen.clear()  # what is in use comes back with its next call
+            self._current.clear()
+        line = self._current[budget.id] = self._seen[key] = Line(budget, window, key)
         return line
 
     def _ttl(self, line: Line) -> float:

@@ -99,7 +99,7 @@ class DirectorySink:
 class ObjectWriter(Protocol):
     """What is needed of `storage.blobs.BlobStore`."""
 
-    async def put(self, key: str, data: bytes) -> None:
+    async def put(self, key: str, content: bytes, /) -> None:
         """Write an object, replacing what was there."""
         ...
 
