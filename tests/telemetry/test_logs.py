@@ -147,7 +147,8 @@ def test_libraries_write_no_debug_lines_and_no_appended_objects(logs: Logs, out:
     library = logging.getLogger("aiosqlite")
     library.debug("executing %s", "INSERT the customer's own words")
     library.error("Task exception was never retrieved\nfuture: <Task 'the customer's own words'>")
-    library.error("two of %s", "one", "another")
+    # Given to our handler alone: pytest's own one fails at arguments that do not fit.
+    logs._bridge.handle(logging.LogRecord("aiosqlite", logging.ERROR, "x.py", 1, "two of %s", ("one", "another"), None))
     assert [line["message"] for line in lines(out)] == ["Task exception was never retrieved", "two of %s"]
 
 
