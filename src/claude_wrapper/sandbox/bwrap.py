@@ -19,7 +19,7 @@ from claude_wrapper.errors import SandboxUnavailable
 from claude_wrapper.sandbox import commands, directories, processes, seccomp
 from claude_wrapper.sandbox.cgroup import CgroupTree
 from claude_wrapper.sandbox.commands import Tools
-from claude_wrapper.sandbox.none import signal_tree
+from claude_wrapper.sandbox.none import own_child, signal_tree
 from claude_wrapper.sandbox.port import SOCKET_NAME, Containment, Launch, Layout, Level, Limits, SlotDirs
 
 HOME = PurePosixPath("/home/agent")
@@ -146,17 +146,19 @@ class BwrapSandbox:
     async def kill(self, pid: int, dirs: SlotDirs) -> None:
         slot = dirs.root.name
         groups = self._host.cgroups
-        inside = [process.pid for process in processes.descendants(pid)]
-        processes.send(pid, signal.SIGKILL, _own_child)
+        # The first process inside takes its whole pid namespace along, and ends only when all of it has ended.
+        first = next(iter(processes.children(pid)), None) if own_child(pid) else None
+        if first is not None:
+            processes.send(first, signal.SIGKILL, lambda found: _parent(found) == pid)
+        processes.send(pid, signal.SIGKILL, own_child)
+        if first is not None:
+            await processes.gone(first, _KILL_SECONDS)
         if groups:
             groups.freeze(slot, frozen=False)
             await groups.kill(slot, _KILL_SECONDS)
-        # The first process inside takes its whole pid namespace along, and ends only when all of it has ended.
-        for process in inside[:1]:
-            processes.send(process, signal.SIGKILL, lambda found: self._inside(found, dirs))
-        await processes.end_matching(lambda: self._survivors(dirs), seconds=_KILL_SECONDS)
-        if groups:
             groups.remove(slot)
+        elif first is None:
+            await processes.end_matching(lambda: self._survivors(dirs), seconds=_KILL_SECONDS)
 
     def _inside(self, pid: int, dirs: SlotDirs) -> bool:
         try:
@@ -179,14 +181,11 @@ class BwrapSandbox:
 
     def main_pid(self, spawned_pid: int) -> int:
         # bubblewrap outside → bubblewrap as pid 1 of the namespace → the CLI, its first child, which is pid 2 there.
-        first = processes.descendants(spawned_pid)
-        inner = [process for process in first if process.ppid == spawned_pid]
-        if not inner:
-            return spawned_pid
-        numbered = [
-            (processes.namespace_pids(found.pid)[-1:], found.pid) for found in first if found.ppid == inner[0].pid
-        ]
-        return min(numbered)[1] if numbered else spawned_pid
+        for first in processes.children(spawned_pid)[:1]:
+            inside = [(processes.namespace_pids(found)[-1:], found) for found in processes.children(first)]
+            if inside:
+                return min(inside)[1]
+        return spawned_pid
 
     def freeze(self, pid: int, dirs: SlotDirs) -> None:
         if not (self._host.cgroups and self._host.cgroups.freeze(dirs.root.name, frozen=True)):
@@ -237,6 +236,6 @@ def _bindable(spec: Containment) -> Path:
     return cli
 
 
-def _own_child(pid: int) -> bool:
+def _parent(pid: int) -> int | None:
     found = processes.read_process(pid)
-    return found is not None and found.ppid == os.getpid()
+    return None if found is None else found.ppid

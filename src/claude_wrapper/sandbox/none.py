@@ -71,13 +71,14 @@ def host_layout(dirs: SlotDirs, cli: Path, *, unix_socket: bool) -> Layout:
 
 def signal_tree(pid: int, number: signal.Signals) -> None:
     """Signal a child of the server and all its descendants."""
-    if not processes.send(pid, number, _own_child):
+    if not processes.send(pid, number, own_child):
         return
     for process in processes.descendants(pid):
         processes.send(process.pid, number)
 
 
-def _own_child(pid: int) -> bool:
+def own_child(pid: int) -> bool:
+    """Whether this is a child of the server, so that its number cannot have been reused by somebody else's process."""
     found = processes.read_process(pid)
     return found is not None and found.ppid == os.getpid()
 

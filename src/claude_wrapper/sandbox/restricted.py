@@ -22,7 +22,7 @@ from typing import Any
 from claude_wrapper.errors import SandboxUnavailable
 from claude_wrapper.sandbox import commands, directories, landlock, processes, seccomp
 from claude_wrapper.sandbox.cgroup import CgroupTree
-from claude_wrapper.sandbox.none import host_layout, related, signal_tree
+from claude_wrapper.sandbox.none import host_layout, own_child, related, signal_tree
 from claude_wrapper.sandbox.port import Containment, Launch, Layout, Level, SlotDirs
 
 _KILL_SECONDS = 5.0
@@ -158,12 +158,14 @@ class RestrictedSandbox:
         except OSError:
             owner = os.geteuid()
         uid = owner if owner != os.geteuid() else None
+        processes.send(pid, signal.SIGKILL, own_child)  # it may not have joined its group yet
         if groups:
+            # Nothing inside can leave its group: the hierarchy is the server's and not among what it may write.
             groups.freeze(slot, frozen=False)
             await groups.kill(slot, _KILL_SECONDS)
-        await processes.end_matching(lambda: related(pid, dirs, uid), seconds=_KILL_SECONDS)
-        if groups:
             groups.remove(slot)
+        else:
+            await processes.end_matching(lambda: related(pid, dirs, uid), seconds=_KILL_SECONDS)
 
     def remove_dirs(self, dirs: SlotDirs) -> None:
         if self._host.cgroups:
