@@ -13,7 +13,7 @@ from broker.raw import drop, exchange, hang, pieces, raw_upstream, request, then
 from broker.world import MODEL, SECRET, World, binding, encoded_request, request_body, turn
 from claude_wrapper.broker import CredentialKind
 from claude_wrapper.broker.meter import Meter
-from claude_wrapper.errors import BudgetExceeded, Conflict, PermissionDenied, RateLimited
+from claude_wrapper.errors import BudgetExceeded, Conflict, InvalidRequest, PermissionDenied, RateLimited
 from claude_wrapper.wire.usage import UsageReader
 
 pytestmark = pytest.mark.anyio
@@ -122,7 +122,7 @@ async def test_the_body_goes_up_untouched_with_an_oauth_token_which_is_a_bearer(
 
 async def test_a_turn_that_an_oauth_token_does_not_allow_is_refused_before_it_begins(world: World) -> None:
     process = await world.process(begun=False, kind=CredentialKind.OAUTH)
-    with pytest.raises(Conflict, match="temperature"):
+    with pytest.raises(InvalidRequest, match="temperature"):
         process.endpoint.begin(turn(overrides={"temperature": 0}))
 
 

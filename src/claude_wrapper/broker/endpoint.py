@@ -16,7 +16,7 @@ from claude_wrapper.broker.mcp import McpAsk, McpServer
 from claude_wrapper.broker.means import Means
 from claude_wrapper.broker.policy import Kind, Route
 from claude_wrapper.broker.refusals import NO_TURN, TOO_MANY_CALLS, UNBOUND, WRONG_TOKEN, Refused, refuse
-from claude_wrapper.errors import Conflict
+from claude_wrapper.errors import Conflict, InvalidRequest
 from claude_wrapper.wire.usage import Usage
 
 _CLOSING_GRACE = 0.25
@@ -88,11 +88,14 @@ class Endpoint:
             exchange.cancel()
 
     def begin(self, turn: TurnContext) -> None:
-        """A turn begins. Raises InvalidRequest-like `Conflict` when the slot is unbound or the turn cannot be made."""
+        """A turn begins. Raises Conflict when the slot is unbound, InvalidRequest for what an OAuth credential forbids."""
         if self._binding is None:
             raise Conflict(f"slot {self.slot} is not bound to a session")
         if refused := bodies.refused_overrides(self._binding.credential.kind, turn):
-            raise Conflict(f"an OAuth credential does not allow: {', '.join(refused)}")
+            names = ", ".join(refused)
+            raise InvalidRequest(
+                f"not possible with an OAuth credential, whose requests stay unchanged ({names})", field=refused[0]
+            )
         self._turn = turn
         self._of_turn = []
         self._main_failed = False

@@ -280,11 +280,11 @@ class Exchange:
     async def _finish(self, call: UpstreamCall, reservation: Reservation | None) -> None:
         means = self._means
         try:
-            means.observer.finished(call)
             if reservation is not None:
                 await self._bounded("settle", reservation.settle(call) if call.attempts else reservation.cancel())
             if call.attempts:
                 await self._bounded("record", means.sink.record(call))
+            means.observer.finished(call)
         finally:
             self._finished.set()
             self._booked(self)
