@@ -38,7 +38,7 @@ from claude_wrapper.sessions.bridge import CLIENT_SERVER, Bridge, RemoteConnecto
 from claude_wrapper.sessions.leg import Item, Leg, Started
 from claude_wrapper.sessions.permissions import Permissions
 from claude_wrapper.sessions.process import Resume, SlotProcess
-from claude_wrapper.sessions.spec import Message, OnDisconnect, Owner, TurnInput
+from claude_wrapper.sessions.spec import Approve, Message, OnDisconnect, Owner, TurnInput
 from claude_wrapper.wire.control import ControlRefused
 from claude_wrapper.wire.merge import CONTINUED_BY_CLI, MessageMerger
 
@@ -250,7 +250,7 @@ class Conversation:
             bridge = self._bridge = Bridge(self._rooms.connect_remote, self.owner)
         permissions = Permissions(spec.allowed_tools, process.confined_to)
         bridge.offer(spec.client_tools)
-        process.agent.on_control = _controls(permissions, bridge)
+        process.agent.on_control = _controls(permissions, bridge, turn_input.approve)
         if kind is not Kind.WARM:
             await self._bind_fresh(process, turn_input)
         if process.model != turn_input.model:
@@ -280,7 +280,7 @@ class Conversation:
         if self.resume is not None:
             self.resume = None  # the process was started with --resume: it holds the history already
         elif turn_input.history:
-            await process.agent.inject(_with_tool_prefix(turn_input.history, spec.client_tools))
+            await process.agent.inject(_with_tool_prefix(turn_input.history, spec.client_tools), model=turn_input.model)
 
     async def _converse(self, process: SlotProcess, turn_input: TurnInput, leg: Leg, started: Started) -> Keep:
         line = self._rooms.ids.uuid()
@@ -332,7 +332,9 @@ class Conversation:
         self._answered(leg)
         answered = self.messages[-2:]
         try:
-            await process.agent.inject([{"role": one.role, "content": one.content} for one in answered])
+            await process.agent.inject(
+                [{"role": one.role, "content": one.content} for one in answered], model=running.input.model
+            )
         except WrapperError:
             return Keep.DISCARD
         return Keep.SESSION
@@ -451,11 +453,12 @@ class Conversation:
 
 
 def _controls(
-    permissions: Permissions, bridge: Bridge
+    permissions: Permissions, bridge: Bridge, approve: Approve | None
 ) -> Callable[[str, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]:
     async def on_control(subtype: str, request: dict[str, Any]) -> dict[str, Any]:
         if subtype == "can_use_tool":
-            return permissions.decide(request)
+            decision = permissions.decide(request)
+            return await approve(request) if approve is not None and decision["behavior"] == "allow" else decision
         if subtype == "mcp_message":
             return {"mcp_response": await bridge.handle(request["server_name"], request["message"])}
         return {}

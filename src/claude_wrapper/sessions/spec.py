@@ -8,7 +8,7 @@ turn with another fingerprint needs another process.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -19,7 +19,10 @@ from claude_wrapper.agent.launch import LaunchProfile
 from claude_wrapper.broker.calls import Credential
 from claude_wrapper.wire.messages import Message
 
-__all__ = ["ConversationSpec", "Message", "OnDisconnect", "Owner", "TurnInput"]
+__all__ = ["Approve", "ConversationSpec", "Message", "OnDisconnect", "Owner", "TurnInput"]
+
+
+Approve = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 class OnDisconnect(StrEnum):
@@ -92,5 +95,8 @@ class TurnInput:
     max_thinking_tokens: int | None = None
     on_disconnect: OnDisconnect = OnDisconnect.INTERRUPT
     turn_seconds: float = 600.0
+    approve: Approve | None = None
+    """Decides each call that the CLI asks about (`can_use_tool` request in, its `response` out); None: the server's
+    policy alone. May take as long as a person needs."""
     reuse_idle: bool = False
     """May take the process of this caller's least recently used idle conversation (which is kept without a process)."""
