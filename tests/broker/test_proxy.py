@@ -177,6 +177,23 @@ async def test_a_slot_is_never_bound_to_two_organisations_at_once(world: World) 
         (await world.process(bound=False)).endpoint.begin(turn())
 
 
+async def test_nothing_of_one_session_goes_on_under_the_next(world: World) -> None:
+    async with raw_upstream(then(STREAM[:300], hang)) as upstream:
+        process = await world.process()
+        process.endpoint.bind(binding(upstream.url))
+        process.endpoint.begin(turn())
+        reader, writer = await asyncio.open_unix_connection(str(process.endpoint.socket))
+        writer.write(request(process.endpoint, GOOD))
+        await reader.readuntil(b"\n\n")
+        process.endpoint.bind(binding(upstream.url, session="sesn_2"))
+        await upstream.closed.wait()
+        async with process.post(GOOD) as answer:
+            assert answer.status == 403, "the next session's turn has not begun"
+        writer.close()
+    await process.endpoint.close()
+    assert [call.session for call in world.books.recorded] == ["sesn_1"]
+
+
 async def test_a_model_that_is_not_allowed_is_refused(world: World) -> None:
     process = await world.process(bound=False)
     bound = binding(world.upstream.url)

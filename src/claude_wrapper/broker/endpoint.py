@@ -76,6 +76,8 @@ class Endpoint:
         """The slot works for `binding` from now on. Raises Conflict if it still works for somebody else."""
         if self._binding is not None and self._binding.org != binding.org:
             raise Conflict(f"slot {self.slot} is still bound to another organisation")
+        if self._binding is not None and self._binding.session != binding.session:
+            self.unbind()  # nothing of one session (its calls, its MCP servers) goes on under the next
         self._binding = binding
         self._last_error = None
 
