@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from claude_wrapper.errors import Conflict
 from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.schema import metadata
-from claude_wrapper.storage.tables.tenancy import audit_log, organizations
+from claude_wrapper.storage.tables.tenancy import api_keys, audit_log, org_members, organizations, users
 from claude_wrapper.tenancy.announcements import announce_change
 from claude_wrapper.tenancy.audit import Scribe
 from claude_wrapper.tenancy.orgs import Organization, get_organization
@@ -85,15 +85,26 @@ async def purge_organization(
     return PurgeReport(principal.org, erased, tuple(sorted(KEPT & metadata.tables.keys())))
 
 
+# tenant-scope: every statement names the principal's organisation; people are those found by it
 async def _erase_rows(tx: AsyncConnection, principal: Principal) -> dict[str, int]:
     """Delete the organisation's rows, children first; how many by table."""
     counts: dict[str, int] = {}
+    # People who belong to no other organisation go too.
+    elsewhere = org_members.alias("elsewhere")
+    alone = sa.select(org_members.c.user_id).where(
+        owned(principal, org_members),
+        ~sa.exists().where(elsewhere.c.user_id == org_members.c.user_id, elsewhere.c.org_id != principal.org),
+    )
+    people = list((await tx.execute(alone)).scalars())
     for table in reversed(metadata.sorted_tables):
         if table.name in KEPT or table is organizations or "org_id" not in table.c:
             continue
         done = await tx.execute(table.delete().where(table.c.org_id == principal.org))
         if done.rowcount:
             counts[table.name] = done.rowcount
+    if people:
+        leaving = users.delete().where(users.c.id.in_(people), sa.not_(users.c.is_operator))
+        counts[users.name] = (await tx.execute(leaving)).rowcount
     done = await tx.execute(organizations.delete().where(owned(principal, organizations)))
     counts[organizations.name] = done.rowcount
     return counts
@@ -101,9 +112,7 @@ async def _erase_rows(tx: AsyncConnection, principal: Principal) -> dict[str, in
 
 async def _require_other_org(tx: AsyncConnection, principal: Principal) -> None:
     """An operator's key cannot close the organisation that it belongs to: nobody could open it again."""
-    from_key = sa.select(metadata.tables["api_keys"].c.org_id).where(
-        metadata.tables["api_keys"].c.id == principal.key_id
-    )
+    from_key = sa.select(api_keys.c.org_id).where(api_keys.c.id == principal.key_id)
     if (await tx.execute(from_key)).scalar() == principal.org:
         raise Conflict("this key belongs to the organisation; use another operator key to delete it")
 

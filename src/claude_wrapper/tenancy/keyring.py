@@ -101,6 +101,7 @@ class KeyRing:
         for key_id in [key_id for key_id, known in self._known.items() if _concerns(change, known.principal)]:
             del self._known[key_id]
 
+    # tenant-scope: keys that authenticated themselves
     async def save_last_used(self) -> int:
         """Write when keys were last used since the last call; how many. Call it about twice a minute and at the end."""
         used, self._used = self._used, {}
