@@ -22,7 +22,7 @@ def open_tmp() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def open_cli(real_cli: Path) -> Path:
-    closed = directories.unreachable(real_cli, 200_001)
+    closed = directories.unreachable(real_cli, 300_001)
     if closed is not None:
         pytest.skip(f"{closed} is closed to other users, so the CLI cannot be shown to a tenant's uid")
     return real_cli

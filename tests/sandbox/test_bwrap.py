@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.skipif(why_no_bwrap() is not None, reason=str(why_no_bwrap())),
 ]
 needs_uids = pytest.mark.skipif(why_no_uids() is not None, reason=str(why_no_uids()))
-TENANT, OTHER = 200_001, 200_002
+TENANT, OTHER = 300_001, 300_002
 INSIDE_PYTHON = "/usr/bin/python3"
 
 

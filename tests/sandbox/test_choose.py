@@ -131,10 +131,10 @@ def test_a_cli_in_a_closed_place_is_shown_by_a_hard_link(open_tmp: Path) -> None
     cli.write_bytes(b"#!/bin/sh\n")
     cli.chmod(0o755)
 
-    shown = reachable_cli(cli, open_tmp / "cli", 200_001)
+    shown = reachable_cli(cli, open_tmp / "cli", 300_001)
     assert shown.stat().st_ino == cli.stat().st_ino
-    assert reachable_cli(cli, open_tmp / "cli", 200_001) == shown
+    assert reachable_cli(cli, open_tmp / "cli", 300_001) == shown
     assert reachable_cli(cli, open_tmp / "cli", None) == cli
     cli.unlink()
     cli.write_bytes(b"#!/bin/sh\nexit 1\n")
-    assert reachable_cli(cli, open_tmp / "cli", 200_001).read_bytes() == cli.read_bytes()
+    assert reachable_cli(cli, open_tmp / "cli", 300_001).read_bytes() == cli.read_bytes()

@@ -15,7 +15,7 @@ from claude_wrapper.sandbox.disk import Usage
 from claude_wrapper.sandbox.none import NoSandbox
 from sandbox.doubles import limits, run, why_no_bwrap
 
-TENANT = 200_007
+TENANT = 300_007
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ async def test_paths_inside_are_the_hosts_and_there_is_no_socket_unless_asked(di
 
 async def test_a_uid_is_refused_instead_of_ignored(sandbox: NoSandbox, tmp_path: Path) -> None:
     with pytest.raises(SandboxUnavailable, match="takes no uid"):
-        sandbox.create_dirs(tmp_path / "other", 200_001)
+        sandbox.create_dirs(tmp_path / "other", 300_001)
 
 
 async def test_kill_ends_children_that_left_the_session(sandbox: NoSandbox, dirs: SlotDirs) -> None:

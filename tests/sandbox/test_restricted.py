@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(ABI == 0, reason="this kernel has no Landlock"),
 ]
 needs_uids = pytest.mark.skipif(why_no_uids() is not None, reason=str(why_no_uids()))
-TENANT, OTHER = 200_003, 200_004
+TENANT, OTHER = 300_003, 300_004
 PYTHON = "/usr/bin/python3"
 OWN_UID = pytest.param(TENANT, id="own uid", marks=needs_uids)
 BOTH = pytest.mark.parametrize("uid", [OWN_UID, pytest.param(None, id="the server's uid")])

@@ -16,7 +16,7 @@ from claude_wrapper.sandbox import HostReport, Level, Sandbox, SlotDirs, choose,
 from claude_wrapper.testing.attack.catalogue import ATTACKS, PRELUDE, Attack
 from claude_wrapper.testing.attack.scenery import Scenery, scenery, start
 
-VICTIM = 265_400
+VICTIM = 300_100  # outside of the default range, so that a server beside this run is not disturbed
 ATTACKERS = VICTIM + 1
 """The first of one uid per attack: processes of an attack count against its uid until init has reaped them."""
 _SECONDS = 60.0
