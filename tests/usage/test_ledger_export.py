@@ -14,6 +14,7 @@ from parquet_reader import read
 from usage_world import NOON, Call
 
 from claude_wrapper.storage import Database
+from claude_wrapper.storage.blobs import open_directory
 from claude_wrapper.testing.clock import ManualClock
 from claude_wrapper.usage import DirectorySink, Exporter, Form, ObjectSink, Part, WarehouseSink, export
 from claude_wrapper.usage.entries import Priced, row_of
@@ -91,6 +92,18 @@ async def test_rows_that_come_late_make_the_hour_be_written_again(database: Data
     count, columns = read(bucket.objects[f"usage/{PART}.parquet"])
     assert (count, columns["id"], columns["complete"]) == (2, ["call_1", "call_2"], [True, True])
     assert columns["error_type"] == [None, None]
+
+
+async def test_the_servers_own_blob_store_takes_the_parts(
+    database: Database, clock: ManualClock, tmp_path: Path
+) -> None:
+    await add(database, Call("call_1"))
+    clock.jump(3600)
+    blobs = open_directory(tmp_path / "blobs")
+    assert await Exporter(database, ObjectSink("lake", blobs), clock).run() == 1
+    stored = await blobs.get(f"usage/{PART}.parquet")
+    assert stored is not None
+    assert read(stored)[0] == 1
 
 
 async def test_each_sink_keeps_its_own_account(database: Database, clock: ManualClock, tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.dml import ReturningInsert
 
 from claude_wrapper.clock import Clock
 from claude_wrapper.errors import StorageUnavailable
@@ -223,9 +225,16 @@ def _answer(batch: Sequence[_Waiting], error: StorageUnavailable | None) -> None
 
 async def insert(tx: AsyncConnection, rows: Sequence[Row]) -> int:
     """Add rows to the ledger and its sums; how many were new. The same row twice, here or before, is one row."""
-    statement = dialects.insert_ignore(tx.dialect.name, usage_calls, ("id",)).returning(usage_calls.c.id)
-    ordered = sorted(rows, key=lambda row: row["id"])  # two writers of the same rows must not wait for each other crosswise
-    inserted = set((await tx.execute(statement, [dict(row) for row in ordered])).scalars())
+    ordered = sorted(
+        rows, key=lambda row: row["id"]
+    )  # two writers of the same rows must not wait for each other crosswise
+    inserted = set((await tx.execute(_insertion(tx.dialect.name), [dict(row) for row in ordered])).scalars())
     fresh = {row["id"]: row for row in reversed(ordered) if row["id"] in inserted}  # of equal ids the first was kept
     await rollups.add(tx, fresh.values())
     return len(fresh)
+
+
+@cache
+def _insertion(dialect: str) -> ReturningInsert[tuple[str]]:
+    # Built once: SQLAlchemy takes longer to build and recognise it than SQLite to run it.
+    return dialects.insert_ignore(dialect, usage_calls, ("id",)).returning(usage_calls.c.id)

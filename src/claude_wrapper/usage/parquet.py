@@ -3,7 +3,7 @@
 What is written is the oldest and plainest part of the format (parquet-format 2.x, "Apache Parquet" specification), which
 every reader knows: one row group, one data page (version 1) per column, PLAIN encoding, GZIP. Columns are optional; the
 definition levels are one RLE/bit-packed hybrid run list. Metadata is Thrift's compact protocol. Checked against pyarrow and
-DuckDB by hand (see docs/decisions/usage-parquet.md); tests read the files back with a small reader of their own.
+DuckDB by hand (see docs/decisions/usage-2-parquet.md); tests read the files back with a small reader of their own.
 """
 
 from __future__ import annotations

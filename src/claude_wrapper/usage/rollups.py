@@ -7,6 +7,7 @@ ledger itself: a repair after a hand has been in the database, and the proof in 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -46,8 +47,13 @@ async def add(tx: AsyncConnection, rows: Iterable[Row]) -> None:
     lines = summed(rows)
     if not lines:
         return
+    await tx.execute(_addition(tx.dialect.name), lines)
+
+
+@cache
+def _addition(dialect: str) -> Any:
     changes: dict[str, Any] = {name: _plus(name) for name in SUMS}
-    await tx.execute(dialects.upsert(tx.dialect.name, usage_hours, KEY, changes), lines)
+    return dialects.upsert(dialect, usage_hours, KEY, changes)
 
 
 def _plus(name: str) -> Any:
