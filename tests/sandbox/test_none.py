@@ -13,7 +13,7 @@ import pytest
 from claude_wrapper.errors import SandboxUnavailable
 from claude_wrapper.sandbox import Level, SlotDirs, processes
 from claude_wrapper.sandbox.none import NoSandbox
-from sandbox.doubles import SHELL, one_turn, run, shell_spec, spawn
+from sandbox.doubles import SHELL, eventually, one_turn, run, shell_spec, spawn
 
 pytestmark = [pytest.mark.anyio, pytest.mark.process]
 
@@ -85,9 +85,8 @@ async def test_a_frozen_tree_stands_still_and_goes_on_after_thaw(sandbox: NoSand
     process = await spawn(sandbox.prepare(shell_spec(sandbox, dirs, "read x; echo got $x")))
     try:
         sandbox.freeze(process.pid, dirs)
-        found = processes.read_process(process.pid)
-        assert found is not None
-        assert found.state == "T"
+        async with asyncio.timeout(10):
+            await eventually(lambda: (found := processes.read_process(process.pid)) is not None and found.state == "T")
         sandbox.thaw(process.pid, dirs)
         async with asyncio.timeout(10):
             out, _ = await process.communicate(b"it\n")
