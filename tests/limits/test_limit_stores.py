@@ -10,6 +10,7 @@ import pytest
 from claude_wrapper.limits import Rate, Stores, memory_stores, open_client, redis_stores
 from claude_wrapper.limits.stores import Balance, Cap, Charge, Hold, StoreGone
 from claude_wrapper.testing.clock import ManualClock
+from databases import RedisServer
 
 pytestmark = pytest.mark.anyio
 
@@ -234,4 +235,19 @@ async def test_a_server_that_is_gone_is_one_kind_of_error(clock: ManualClock) ->
         await stores.leases.release(["{o}:r"], "l")
     with pytest.raises(StoreGone):
         await stores.spend.open("{o}:r", 0, 60)
+    await client.aclose()
+
+
+@pytest.mark.process
+async def test_a_redis_that_dies_and_comes_back_empty_is_used_again(own_redis: RedisServer) -> None:
+    client = open_client(own_redis.url)
+    stores = redis_stores(client, timeout=5)
+    charge = Charge("{o}:r", Rate(1, 86400.0), 1.0)
+    assert (await stores.rates.take([charge])).refused is None
+    await asyncio.to_thread(own_redis.kill)
+    with pytest.raises(StoreGone):
+        await stores.rates.take([charge])
+    await asyncio.to_thread(own_redis.start)
+    assert (await stores.rates.take([charge])).refused is None, "its scripts are gone too: they are sent again"
+    assert (await stores.rates.take([charge])).refused == 0
     await client.aclose()

@@ -17,12 +17,14 @@ from usage_world import NOON, Call, Switched
 
 from claude_wrapper.errors import StorageUnavailable
 from claude_wrapper.storage import Database
+from claude_wrapper.storage.schema import metadata
 from claude_wrapper.storage.tables.usage import usage_calls, usage_hours
 from claude_wrapper.testing.clock import ManualClock
 from claude_wrapper.usage import Ledger, LedgerSettings, PriceBook, Spill, packaged, rollups
 from claude_wrapper.usage.entries import HOUR_MS, Priced, milliseconds, row_of
 from claude_wrapper.usage.ledger import insert
 from claude_wrapper.wire.usage import Usage
+from databases import PostgresServer
 
 pytestmark = pytest.mark.anyio
 
@@ -304,3 +306,22 @@ async def test_two_replicas_that_write_the_same_rows_at_once_agree(
     assert len(await rows(database)) == 40
     assert sum(line["calls"] for line in await sums(database)) == 40
     assert sum(ledger.counts.written for ledger in ledgers) == 40
+
+
+@pytest.mark.process
+async def test_a_postgres_that_dies_in_mid_turn_costs_no_usage(own_postgres: PostgresServer, tmp_path: Path) -> None:
+    name = await asyncio.to_thread(own_postgres.create)
+    database = Database(own_postgres.url(name))
+    async with database.transaction() as tx:
+        await tx.run_sync(metadata.create_all)
+    ledger = make(database, ManualClock(), tmp_path)
+    await ledger.record(Call("call_1"))
+    await asyncio.to_thread(own_postgres.kill)
+    await ledger.record(Call("call_2"))
+    assert ledger.counts.spilled == 1
+    await asyncio.to_thread(own_postgres.start)
+    assert await ledger.drain() == 1
+    assert [row["id"] for row in await rows(database)] == ["call_1", "call_2"]
+    assert [line["calls"] for line in await sums(database)] == [2]
+    await ledger.close()
+    await database.close()
