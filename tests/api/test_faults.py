@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -85,7 +86,8 @@ async def test_a_client_that_hangs_up_cancels_its_upstream_call_and_the_next_ans
         response.close()
     call = server.upstream.calls[-1]
     async with asyncio.timeout(5):
-        await call.cancelled.wait()
+        await call.wait_done()
+    assert call.cancelled
     again = await server.ask("[[recall]]", session_id="s")
     assert again.text == '["hello"]'
     assert again.pid == first.pid
@@ -98,7 +100,8 @@ async def test_a_client_that_hangs_up_before_the_first_byte_leaves_nothing_runni
     with contextlib.suppress(asyncio.CancelledError):
         await asking
     async with asyncio.timeout(5):
-        await server.upstream.calls[0].cancelled.wait()
+        await server.upstream.calls[0].wait_done()
+    assert server.upstream.calls[0].cancelled
     assert (await server.ask("fine", session_id="s")).text == "You said: fine"
 
 
@@ -113,7 +116,7 @@ async def test_upstream_refusals_arrive_with_their_status_and_retry_after(server
 
 async def test_a_stream_that_is_cut_is_repeated_by_the_cli_or_told(server: Running) -> None:
     answer = await server.ask("[[cut 3]] [[tokens 9]]")
-    assert (answer.status, answer.text) == (200, "1 2 3 4 5 6 7 8 9")
+    assert (answer.status, answer.text.strip()) == (200, "1 2 3 4 5 6 7 8 9")
 
 
 async def test_a_silent_upstream_ends_the_turn_in_bounded_time(reachable_tmp_path: Path) -> None:
@@ -141,7 +144,13 @@ async def test_an_unreachable_upstream_is_a_clear_error(reachable_tmp_path: Path
 async def test_two_hundred_requests_over_32_conversations_each_get_their_own_answer(
     reachable_tmp_path: Path,
 ) -> None:
-    async with running(reachable_tmp_path, max_processes=8, queue_seconds=120.0, queue_length=512) as server:
+    async with running(
+        reachable_tmp_path,
+        max_processes=34,
+        max_processes_per_org=34,
+        max_processes_per_principal=34,
+        queue_seconds=120.0,
+    ) as server:
 
         async def converse(number: int) -> list[Answer]:
             answers = []
@@ -156,11 +165,19 @@ async def test_two_hundred_requests_over_32_conversations_each_get_their_own_ans
         assert sum(map(len, conversations)) == 200
 
 
+async def test_more_conversations_than_processes_take_turns(reachable_tmp_path: Path) -> None:
+    async with running(reachable_tmp_path, max_processes=2, spares=0, queue_seconds=100.0) as server:
+        for turn in range(2):
+            said = await asyncio.gather(*(server.ask(f"[[say {n}-{turn}]]", session_id=f"c{n}") for n in range(4)))
+            assert [answer.text for answer in said] == [f"{n}-{turn}" for n in range(4)]
+        recalled = await server.ask("[[recall]]", session_id="c0")
+        assert json.loads(recalled.text) == ["[[say 0-0]]", "[[say 0-1]]"]
+
+
 async def test_a_full_server_refuses_with_retry_after(reachable_tmp_path: Path) -> None:
-    settings = {"max_processes": 1, "spares": 1, "queue_seconds": 0.2, "queue_length": 1}
-    async with running(reachable_tmp_path, **settings) as server:
+    async with running(reachable_tmp_path, max_processes=1, spares=0, queue_seconds=4.0, queue_length=1) as server:
         hanging = asyncio.ensure_future(server.ask("[[hang]]"))
-        await server.upstream.wait_for(1)
+        await asyncio.wait({hanging, asyncio.ensure_future(server.upstream.wait_for(1))}, return_when="FIRST_COMPLETED")
         answer = await server.ask("hello")
         assert (answer.status, answer.body["error"]["type"]) == (529, "overloaded_error")
         assert "Retry-After" in answer.headers

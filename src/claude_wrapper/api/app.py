@@ -66,7 +66,8 @@ def create_app(deps: Deps, *, observe: Callable[[str, str, int, float], None], f
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_error)
-    app.add_middleware(RequestContext, clock=deps.clock, ids=deps.ids, observe=observe, flight=flight)
+    paths = {route.endpoint: route.path for route in app.routes if isinstance(route, Route)}
+    app.add_middleware(RequestContext, clock=deps.clock, ids=deps.ids, observe=observe, flight=flight, paths=paths)
     return app
 
 

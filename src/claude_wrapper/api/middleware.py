@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -41,7 +41,10 @@ class RequestContext:
         ids: Ids,
         observe: Callable[[str, str, int, float], None],
         flight: InFlight,
+        paths: Mapping[Any, str],
     ) -> None:
+        """`paths` maps an endpoint to its route's template: a path with identifiers in it is no label."""
+        self.paths = paths
         self.flight = flight
         self.app = app
         self.clock = clock
@@ -73,7 +76,7 @@ class RequestContext:
         finally:
             self.flight.leave()
             seconds = self.clock.monotonic() - began
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = self.paths.get(scope.get("endpoint"), "unmatched")
             self.observe(route, scope["method"], seen.status or 499, seconds)
             log.info(
                 "request.done",
