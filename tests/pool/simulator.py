@@ -242,7 +242,7 @@ class World:
         evicted = [a for a in self.actions if isinstance(a, m.Hibernate | m.Stop) and a.reason is Reason.CAPACITY]
         if isinstance(event, m.Hibernated):
             evicted = [a for a in evicted if a.slot != event.slot]
-        if not evicted:
+        if not evicted or isinstance(event, m.CloseAsked):
             return
         state = self.state
         leaving = [

@@ -154,6 +154,6 @@ class Interleavings(RuleBasedStateMachine):
 
 
 Interleavings.TestCase.settings = settings(
-    max_examples=1000, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=500, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )
 test_every_promise_holds_in_every_interleaving = Interleavings.TestCase
