@@ -236,10 +236,9 @@ class TurnTranslator:
             self._names[tool_use_id] = str(asked.get("subagent_type") or asked.get("description") or "subagent")
         kind = self._judge(call, name, tool_input, event)
         out.calls.append(Call(event["id"], tool_use_id, kind, stream.thread))
-        out.events.append(event)
         if stream.thread is not None and kind != "tool":
-            # The client answers on the session's own stream.
-            out.events.append({**event, "cross_posted": True})
+            event["cross_posted"] = True  # the client answers on the session's own stream
+        out.events.append(event)
 
     def _judge(self, call: ToolCall, name: str, tool_input: Any, event: Event) -> str:
         if call.kind == "custom":

@@ -1,0 +1,491 @@
+"""The event log: what happened in a session, in order, for good; and everybody who follows it.
+
+Writing: a batch is one transaction, in which its sequence numbers are taken from the session's row (so that there is no
+gap, and a later number is never visible before an earlier one). After the commit the batch is published over the shared
+state, so that any replica serves any stream. Nobody waits for a reader.
+
+Reading: a stream subscribes first, then reads what is stored, then merges by sequence number: what it has seen already is
+dropped, what is missing (a message that was lost on the way) is read from the database.
+
+Previews of the message in flight are published and never stored. A reader that joins late asks the writer for them: the
+answer comes on the same channel, in order, so what follows it fits without a seam.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, NewType
+
+import msgspec
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from claude_wrapper.clock import Clock
+from claude_wrapper.errors import InvalidRequest, NotFound, StorageUnavailable
+from claude_wrapper.ids import Ids
+from claude_wrapper.storage.engine import Database
+from claude_wrapper.storage.state.ports import Channels, Ended, Subscription
+from claude_wrapper.storage.tables.sessions import session_events, sessions
+from claude_wrapper.tenancy.principal import Principal, owned
+from claude_wrapper.wire.managed import Delta
+
+log = structlog.get_logger(__name__)
+
+SessionKey = NewType("SessionKey", str)
+
+BUFFER: Final = 2000
+"""Messages that a reader may be behind; past that it is cut off."""
+PAGE: Final = 500
+"""Events read at once while a stream catches up."""
+INLINE_BYTES: Final = 64 * 1024
+"""Larger batches are not carried by the shared state: readers fetch them from the database."""
+SILENCE_SECONDS: Final = 15.0
+"""After so long without a message a stream looks into the database: a lost message costs at most this delay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One event of the log."""
+
+    seq: int
+    id: str
+    type: str
+    thread_id: str | None
+    body: bytes = field(repr=False)
+    """The whole JSON, `processed_at` included."""
+
+    def json(self) -> dict[str, Any]:
+        """The event, decoded."""
+        decoded: dict[str, Any] = msgspec.json.decode(self.body)
+        return decoded
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """Stream-only: a piece of the message in flight."""
+
+    thread_id: str | None
+    delta: Delta
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The stream is attached."""
+
+    head: int
+    """The newest event's number."""
+
+
+class SlowReader(Exception):  # noqa: N818 (a fact)
+    """The reader was too far behind and is cut off; it may come back with the last id that it saw."""
+
+
+class _Message(msgspec.Struct, array_like=True, gc=False):
+    """What travels on a session's channel."""
+
+    kind: str
+    """`e` events, `n` events to be fetched, `p` preview, `s` previews asked for by `to`."""
+    events: list[tuple[int, str, str, str | None, bytes]] = []
+    deltas: list[tuple[str | None, str, str, str, int, bool]] = []
+    last: int = 0
+    to: str = ""
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(_Message)
+
+
+def channel(session: str) -> str:
+    """Where a session's events are published."""
+    return f"session/{session}"
+
+
+def asks_channel(session: str) -> str:
+    """Where late joiners ask for the previews of the message in flight."""
+    return f"session/{session}/asks"
+
+
+class EventLog:
+    """The log of all sessions."""
+
+    def __init__(self, db: Database, channels: Channels, clock: Clock, ids: Ids) -> None:
+        self._db = db
+        self._channels = channels
+        self._clock = clock
+        self._ids = ids
+        self.unpublished = 0
+        """Batches whose readers were not told because the shared state was away; they find out by themselves."""
+
+    # Writing ----------------------------------------------------------------------------------------------------------
+
+    async def append(
+        self, principal: Principal, session: str, events: Sequence[dict[str, Any]], *, queued: bool = False
+    ) -> list[Stored]:
+        """Write a batch in a transaction of its own and publish it. Raises NotFound, StorageUnavailable."""
+        async with self._db.transaction() as tx:
+            stored = await self.write(tx, principal, session, events, queued=queued)
+        await self.publish(session, stored)
+        return stored
+
+    async def write(
+        self,
+        tx: AsyncConnection,
+        principal: Principal,
+        session: str,
+        events: Sequence[dict[str, Any]],
+        *,
+        queued: bool = False,
+    ) -> list[Stored]:
+        """Write a batch inside the caller's transaction; call `publish` once it is committed.
+
+        Each event has `type` and may have `id`. `cross_posted` moves an event of a sub-agent to the session's own
+        stream. `queued`: a client's events, which wait for their turn (`processed_at` null).
+        """
+        if not events:
+            return []
+        now = self._clock.now()
+        taken = await tx.execute(
+            sa.update(sessions)
+            .where(owned(principal, sessions), sessions.c.id == session)
+            .values(last_seq=sessions.c.last_seq + len(events), updated_at=now)
+            .returning(sessions.c.last_seq)
+        )
+        last = taken.scalar()
+        if last is None:
+            raise NotFound(f"there is no session {session}")
+        common = {"session_id": session, "org_id": principal.org, "written_at": now}
+        common["processed_at"] = None if queued else now
+        first = last - len(events) + 1
+        rows = [{**common, "seq": first + at, **self._row(event)} for at, event in enumerate(events)]
+        await tx.execute(sa.insert(session_events), rows)
+        return [_stored(row) for row in rows]
+
+    def _row(self, event: dict[str, Any]) -> dict[str, Any]:
+        kind = str(event["type"])
+        shown = {"id": event.get("id") or self._ids.new("sevt"), **event}
+        # What a client must answer, and the status of sub-agents, is told on the session's own stream.
+        own = shown.pop("cross_posted", False) or kind.startswith(("session.", "user."))
+        thread = None if own else event.get("session_thread_id")
+        return {"id": shown["id"], "type": kind, "thread_id": thread, "body": msgspec.json.encode(shown)}
+
+    async def publish(self, session: str, stored: Sequence[Stored]) -> None:
+        """Tell all streams of a committed batch. Never fails: who was not told finds out in a few seconds."""
+        if not stored:
+            return
+        rows = [(one.seq, one.id, one.type, one.thread_id, one.body) for one in stored]
+        if sum(len(one.body) for one in stored) <= INLINE_BYTES:
+            message = _Message("e", events=rows, last=stored[-1].seq)
+        else:
+            message = _Message("n", last=stored[-1].seq)
+        await self._tell(session, message)
+
+    async def preview(
+        self, session: str, deltas: Iterable[Delta], *, thread_id: str | None = None, to: str = ""
+    ) -> None:
+        """Show pieces of the message in flight; `to` names the late joiner that asked for them."""
+        packed = [(thread_id, one.event_id, one.type, one.text, one.offset, one.start) for one in deltas]
+        await self._tell(session, _Message("s" if to else "p", deltas=packed, to=to))
+
+    async def _tell(self, session: str, message: _Message) -> None:
+        try:
+            await self._channels.publish(channel(session), _ENCODER.encode(message))
+        except StorageUnavailable:
+            self.unpublished += 1
+
+    # Reading ----------------------------------------------------------------------------------------------------------
+
+    async def last_seq(self, principal: Principal, session: str) -> int:
+        """The number of the newest event, 0 if there is none. Raises NotFound."""
+        async with self._db.read() as tx:
+            query = sa.select(sessions.c.last_seq).where(owned(principal, sessions), sessions.c.id == session)
+            found = (await tx.execute(query)).scalar()
+        if found is None:
+            raise NotFound(f"there is no session {session}")
+        return int(found)
+
+    async def read(
+        self,
+        principal: Principal,
+        session: str,
+        *,
+        after: int = 0,
+        before: int | None = None,
+        types: Sequence[str] = (),
+        thread_id: str | None = None,
+        newest_first: bool = False,
+        limit: int = PAGE,
+        between: dict[str, datetime] | None = None,
+    ) -> list[Stored]:
+        """Events with `after` < seq (< `before`), at most `limit`. `thread_id` None: the session's own stream.
+
+        `between`: bounds of the time, by `gt`, `gte`, `lt`, `lte`.
+        """
+        table = session_events
+        query = sa.select(
+            table.c.seq, table.c.id, table.c.type, table.c.thread_id, table.c.body, table.c.processed_at
+        ).where(owned(principal, table), table.c.session_id == session, table.c.seq > after)
+        query = query.where(table.c.thread_id.is_(None) if thread_id is None else table.c.thread_id == thread_id)
+        if before is not None:
+            query = query.where(table.c.seq < before)
+        if types:
+            query = query.where(table.c.type.in_(list(types)))
+        for bound, at in (between or {}).items():
+            query = query.where(_COMPARE[bound](table.c.processed_at, at))
+        query = query.order_by(table.c.seq.desc() if newest_first else table.c.seq).limit(limit)
+        async with self._db.read() as tx:
+            rows = (await tx.execute(query)).all()
+        return [Stored(row.seq, row.id, row.type, row.thread_id, _whole(row.body, row.processed_at)) for row in rows]
+
+    async def stream(
+        self,
+        principal: Principal,
+        session: str,
+        *,
+        after: int | None = None,
+        previews: bool = False,
+        thread_id: str | None = None,
+    ) -> AsyncIterator[Opened | Stored | Preview]:
+        """Events after `after` (None: from now on), then live ones, without gap or repetition, until the session is deleted.
+
+        The first item is `Opened`: from then on nothing is missed. Raises NotFound and InvalidRequest (for a number
+        from the future) before it; SlowReader when the reader is too far behind.
+        """
+        resumed, opened = after is not None, False
+        while True:
+            async with self._channels.subscribe(channel(session), buffer=BUFFER) as subscription:
+                head = await self.last_seq(principal, session)
+                if after is None:
+                    after = head
+                if after > head:
+                    raise InvalidRequest(f"is from the future: the newest event is {head}", field="after")
+                if not opened:
+                    opened = True
+                    yield Opened(head)
+                merge = _Merge(self, principal, session, after, thread_id, previews=previews, resumed=resumed)
+                async for item in merge.catch_up(head):
+                    yield item
+                if previews:
+                    await self._ask(session, merge.nonce)
+                async for item in merge.follow(subscription):
+                    yield item
+                if merge.over:
+                    return
+                if subscription.ended is Ended.LAGGED:
+                    raise SlowReader
+                after, resumed = merge.seen, True
+
+    async def _ask(self, session: str, nonce: str) -> None:
+        try:
+            await self._channels.publish(asks_channel(session), nonce.encode())
+        except StorageUnavailable:
+            self.unpublished += 1
+
+    def nonce(self) -> str:
+        """Names one reader while it asks for previews."""
+        return self._ids.new("ask")
+
+
+class _Merge:
+    """One reader's place in a session's events."""
+
+    def __init__(
+        self,
+        events: EventLog,
+        principal: Principal,
+        session: str,
+        after: int,
+        thread_id: str | None,
+        *,
+        previews: bool,
+        resumed: bool,
+    ) -> None:
+        self.seen = after
+        self.over = False
+        self.nonce = events.nonce() if previews else ""
+        self._log = events
+        self._principal = principal
+        self._session = session
+        self._thread = thread_id
+        self._previews = previews
+        self._resumed = resumed
+        self._shown: dict[str, int] = {}  # previewed event -> characters that this reader has
+
+    async def catch_up(self, head: int) -> AsyncIterator[Stored | Preview]:
+        """What is stored up to `head` and not seen yet."""
+        while self.seen < head:
+            page = await self._log.read(
+                self._principal,
+                self._session,
+                after=self.seen,
+                before=head + 1,
+                thread_id=self._thread,
+            )
+            for one in page:
+                for item in self._event(one, replayed=True):
+                    yield item
+            if len(page) < PAGE:
+                self.seen = head  # what is left belongs to other threads
+
+    async def follow(self, subscription: Subscription) -> AsyncIterator[Stored | Preview]:
+        """Live messages until the subscription ends or the session is deleted."""
+        while not self.over:
+            raw = await _next(subscription)
+            if raw is _END:
+                return
+            if raw is None:  # silence: was a message lost?
+                head = await self._head()
+                if head is not None:
+                    async for item in self.catch_up(head):
+                        yield item
+                continue
+            message = _DECODER.decode(raw)
+            if message.kind in "ps":
+                for preview in self._preview(message):
+                    yield preview
+                continue
+            first = message.events[0][0] if message.events else message.last + 1
+            if self.seen < first - 1:
+                # Something before this batch was lost, or the batch is too large for the channel.
+                async for item in self.catch_up(first - 1):
+                    yield item
+            for row in message.events:
+                for item in self._event(Stored(*row), replayed=False):
+                    yield item
+
+    async def _head(self) -> int | None:
+        try:
+            return await self._log.last_seq(self._principal, self._session)
+        except NotFound:
+            self.over = True
+            return None
+
+    def _event(self, one: Stored, *, replayed: bool) -> Iterable[Stored | Preview]:
+        if one.seq <= self.seen:
+            return
+        self.seen = one.seq
+        if one.thread_id == self._thread:
+            if self._previews and one.type == "agent.message":
+                yield from self._rest_of(one, replayed=replayed)
+            yield one
+        if one.type == "session.deleted":
+            self.over = True
+
+    def _rest_of(self, one: Stored, *, replayed: bool) -> Iterable[Preview]:
+        """What a reader that came back has missed of the previews: joined, they are always the whole text."""
+        had = self._shown.pop(one.id, None)
+        if had is None and not (replayed and self._resumed):
+            return
+        text = "".join(str(block.get("text", "")) for block in one.json().get("content", ()))
+        if had is None:
+            yield Preview(self._thread, Delta(one.id, one.type, start=True))
+        if len(text) > (had or 0):
+            yield Preview(self._thread, Delta(one.id, one.type, text[had or 0 :], had or 0))
+
+    def _preview(self, message: _Message) -> Iterable[Preview]:
+        if not self._previews or (message.kind == "s" and message.to != self.nonce):
+            return
+        for thread, event_id, kind, text, offset, start in message.deltas:
+            if thread != self._thread:
+                continue
+            if start and event_id not in self._shown:
+                self._shown[event_id] = 0
+                yield Preview(thread, Delta(event_id, kind, start=True))
+            had = self._shown.get(event_id)
+            # Pieces of a message whose start this reader does not know follow the answer to its question.
+            if had is None or not text or offset > had or offset + len(text) <= had:
+                continue
+            self._shown[event_id] = offset + len(text)
+            yield Preview(thread, Delta(event_id, kind, text[had - offset :], had))
+
+
+_END: Final = b"\0end"
+
+
+async def _next(subscription: Subscription) -> bytes | None:
+    """The next message; None after a silence; `_END` when the subscription has ended."""
+    try:
+        async with asyncio.timeout(SILENCE_SECONDS):
+            return await anext(aiter(subscription))
+    except TimeoutError:
+        return None
+    except StopAsyncIteration:
+        return _END
+
+
+_COMPARE: Final = {
+    "gt": lambda column, at: column > at,
+    "gte": lambda column, at: column >= at,
+    "lt": lambda column, at: column < at,
+    "lte": lambda column, at: column <= at,
+}
+
+
+def _stored(row: dict[str, Any]) -> Stored:
+    return Stored(row["seq"], row["id"], row["type"], row["thread_id"], _whole(row["body"], row["processed_at"]))
+
+
+def _whole(body: bytes, processed: datetime | None) -> bytes:
+    """The event with its `processed_at`, which is the only part of it that changes after it was written."""
+    at = b"null" if processed is None else b'"' + rfc3339(processed).encode() + b'"'
+    return bytes(body[:-1]) + b',"processed_at":' + at + b"}"
+
+
+def rfc3339(at: datetime) -> str:
+    """A time as the API writes it."""
+    return at.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+class InFlight:
+    """The previews of the messages in flight, kept by the writer for those who join late."""
+
+    def __init__(self, events: EventLog, session: str) -> None:
+        self._events = events
+        self._session = session
+        self._texts: dict[str, tuple[str | None, str, list[str]]] = {}
+
+    async def show(self, deltas: Sequence[Delta], *, thread_id: str | None = None) -> None:
+        """Publish and remember."""
+        for one in deltas:
+            if one.start:
+                self._texts[one.event_id] = (thread_id, one.type, [])
+            if one.text and one.event_id in self._texts:
+                self._texts[one.event_id][2].append(one.text)
+        if deltas:
+            await self._events.preview(self._session, deltas, thread_id=thread_id)
+
+    def done(self, event_ids: Iterable[str]) -> None:
+        """These were written; their previews are history."""
+        for event_id in event_ids:
+            self._texts.pop(event_id, None)
+
+    def clear(self) -> None:
+        """The model request is over: what was not written never will be."""
+        self._texts.clear()
+
+    async def answer(self, nonce: str) -> None:
+        """Tell one late joiner what there is."""
+        for event_id, (thread, kind, texts) in list(self._texts.items()):
+            deltas = [Delta(event_id, kind, "".join(texts), 0, start=True)]
+            await self._events.preview(self._session, deltas, thread_id=thread, to=nonce)
+
+
+@asynccontextmanager
+async def answering(channels: Channels, inflight: InFlight, session: str) -> AsyncIterator[None]:
+    """While the block runs, late joiners get the previews that they ask for."""
+    async with channels.subscribe(asks_channel(session), buffer=BUFFER) as asks:
+
+        async def run() -> None:
+            async for nonce in asks:
+                await inflight.answer(nonce.decode())
+
+        task = asyncio.create_task(run(), name=f"previews {session}")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
