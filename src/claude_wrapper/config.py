@@ -114,6 +114,11 @@ class Settings:
     default_model: str = setting(
         "claude-sonnet-5-5", "Model of callers that name none (only the routes that allow that)."
     )
+    upstream_private: bool = setting(
+        False,
+        "Allow stored credentials to name an upstream by plain http or with a private address.",
+        kind="bool",
+    )
     upstream_connect_seconds: float = setting(10.0, "Time to connect to the model API.", kind="float", minimum=0.1)
     upstream_read_seconds: float = setting(
         300.0, "Longest silence of the model API within an answer.", kind="float", minimum=1
@@ -216,6 +221,29 @@ class Settings:
         "Master key of the vault (base64 of 32 bytes); default: a file of mode 0600 in the data directory.",
         secret=True,
     )
+    key_pepper: str | None = setting(
+        None,
+        "Secret under which API keys are stored (replicas share it); default: a file of mode 0600 in the data directory.",
+        secret=True,
+    )
+    # Limits
+    key_limits: str = setting(
+        "", "Limits of every API key without its own, as in `requests=100/hour, concurrent_turns=4`."
+    )
+    user_limits: str = setting("", "Limits of every user without their own.")
+    workspace_limits: str = setting("", "Limits of every workspace without its own.")
+    org_limits: str = setting("", "Limits of every organisation without its own.")
+    rates_without_store: str = setting(
+        "open",
+        "Rate limits while shared state is away: let through (`open`) or refuse (`closed`).",
+        choices=("open", "closed"),
+    )
+    budgets_without_store: str = setting(
+        "closed",
+        "Budgets while shared state is away: let through (`open`) or refuse (`closed`).",
+        choices=("open", "closed"),
+    )
+    price_file: Path | None = setting(None, "Prices to use instead of the packaged list.", kind="Path")
     # Watching it
     log_level: str = setting("info", "Least severe log lines to write.", choices=("debug", "info", "warning", "error"))
     log_format: str = setting(

@@ -9,6 +9,8 @@ from claude_wrapper.broker.calls import Credential, CredentialKind
 from claude_wrapper.errors import CredentialMissing, PermissionDenied
 from claude_wrapper.tenancy.principal import ActorKind, Principal
 from claude_wrapper.tenancy.scopes import Role, scopes_of
+from claude_wrapper.vault.kinds import CredentialKind as VaultKind
+from claude_wrapper.vault.resolve import Leased, Resolver
 from claude_wrapper.wire.extensions import OAuthCredentials
 
 _OAUTH_REFUSED = (
@@ -21,8 +23,8 @@ _OAUTH_REFUSED = (
 class UpstreamCredentials:
     """Request's own → the caller's stored one → the operator's, for the operator's own people."""
 
+    resolver: Resolver
     upstream_url: str
-    operator_api_key: str | None
     allow_oauth: bool
 
     async def choose(self, principal: Principal, oauth: OAuthCredentials | None) -> Credential:
@@ -36,17 +38,7 @@ class UpstreamCredentials:
                 secret=oauth.access_token,
                 base_url=self.upstream_url,
             )
-        if self.operator_api_key is not None and (principal.is_operator or principal.is_staff):
-            return Credential(
-                id="cred_operator",
-                kind=CredentialKind.API_KEY,
-                secret=self.operator_api_key,
-                base_url=self.upstream_url,
-            )
-        raise CredentialMissing(
-            "no upstream credential: the organisation has none stored, and the operator's ANTHROPIC_API_KEY is "
-            + ("not set" if self.operator_api_key is None else "only for the operator's own people")
-        )
+        return presented(await self.resolver.lease(principal))
 
     def owner_of(self, oauth: OAuthCredentials) -> Principal:
         """The caller whom these tokens identify: a hash of the token, as in the original system."""
@@ -62,6 +54,19 @@ class UpstreamCredentials:
             role=Role.DEVELOPER,
             scopes=scopes_of(Role.DEVELOPER),
         )
+
+
+def presented(leased: Leased) -> Credential:
+    """How a leased credential is shown upstream. Raises CredentialMissing for a provider that cannot be signed for."""
+    if leased.kind in (VaultKind.BEDROCK, VaultKind.VERTEX):
+        raise CredentialMissing(
+            f"the stored credential {leased.id} is for {leased.kind}, whose requests this server cannot sign yet; "
+            "store an API key or a Messages-compatible base URL"
+        )
+    if leased.kind is VaultKind.OAUTH:
+        return Credential(leased.id, CredentialKind.OAUTH, leased.secret, leased.base_url, provider=leased.provider)
+    headers = {"authorization": f"Bearer {leased.secret}"} if leased.bearer else {}
+    return Credential(leased.id, CredentialKind.API_KEY, leased.secret, leased.base_url, headers, leased.provider)
 
 
 def _fingerprint(oauth: OAuthCredentials) -> str:

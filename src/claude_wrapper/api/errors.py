@@ -89,9 +89,9 @@ def body(error: WrapperError, request_id: str) -> bytes:
 
 def headers(error: WrapperError) -> dict[str, str]:
     """`retry-after` where waiting helps; `x-should-retry: false` where the SDK would retry in vain."""
-    out: dict[str, str] = {}
+    out: dict[str, str] = dict(getattr(error, "headers", {}))
     if error.retry_after is not None:
-        out["retry-after"] = str(math.ceil(error.retry_after))
+        out.setdefault("retry-after", str(math.ceil(error.retry_after)))
     row = status_and_type(error)
     if row.status == 409 and not error.retryable:
         out["x-should-retry"] = "false"

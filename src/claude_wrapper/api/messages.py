@@ -16,6 +16,7 @@ from claude_wrapper.api.bodies import read_body
 from claude_wrapper.api.state import Deps, deps_of
 from claude_wrapper.api.translate import Translated, owner_of, pooled_turn, turn_for
 from claude_wrapper.errors import AuthenticationFailed, InvalidRequest, WrapperError
+from claude_wrapper.limits import Admitted, Facts
 from claude_wrapper.sessions.conversation import Conversation
 from claude_wrapper.sessions.leg import Leg, Started
 from claude_wrapper.tenancy.principal import Principal
@@ -56,7 +57,6 @@ async def create_message_pooled(request: Request) -> Response:
 
 async def _translate(request: Request, deps: Deps, parsed: MessagesRequest) -> Translated:
     principal = await _principal(request, deps, parsed)
-    await deps.admit(request, principal, parsed.model)
     credential = await deps.credentials.choose(principal, parsed.oauth_credentials)
     api_version = request.headers.get("anthropic-version", "")
     thread = _thread(parsed, principal, deps)
@@ -98,14 +98,32 @@ async def _principal(request: Request, deps: Deps, parsed: MessagesRequest) -> P
 
 async def _submit(request: Request, deps: Deps, parsed: MessagesRequest, translated: Translated) -> tuple[Leg, Started]:
     deps.refuse_when_draining()
-    if translated.thread is not None:
-        leg = deps.conversations.continue_thread(translated.thread, translated.turn)
-    elif parsed.extra.get("thread") is not None:
-        fields = {"system": parsed.system, "tools": parsed.tools}
-        _, leg = deps.conversations.create_thread(translated.owner, translated.turn, fields)
-    else:
-        _, leg = deps.conversations.submit(translated.owner, translated.turn, name=parsed.session_id)
+    admitted = deps.tenants.admission.admit(translated.principal, Facts(session=parsed.session_id))
+    await admitted.__aenter__()
+    try:
+        leg = _begin(deps, parsed, translated)
+    except BaseException:
+        await admitted.__aexit__(None, None, None)
+        raise
+    deps.spawn(_hold(admitted, leg))
     return leg, await _unless_gone(request, leg, leg.started)
+
+
+async def _hold(admitted: Admitted, leg: Leg) -> None:
+    """The request keeps its place among the concurrent turns until the conversation is finished with it."""
+    try:
+        await leg.done.wait()
+    finally:
+        await admitted.__aexit__(None, None, None)
+
+
+def _begin(deps: Deps, parsed: MessagesRequest, translated: Translated) -> Leg:
+    if translated.thread is not None:
+        return deps.conversations.continue_thread(translated.thread, translated.turn)
+    if parsed.extra.get("thread") is not None:
+        fields = {"system": parsed.system, "tools": parsed.tools}
+        return deps.conversations.create_thread(translated.owner, translated.turn, fields)[1]
+    return deps.conversations.submit(translated.owner, translated.turn, name=parsed.session_id)[1]
 
 
 async def _unless_gone(request: Request, leg: Leg, answer: Awaitable[T]) -> T:

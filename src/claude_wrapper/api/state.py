@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,11 +14,21 @@ from claude_wrapper.broker.direct import Direct
 from claude_wrapper.clock import Clock
 from claude_wrapper.errors import Draining
 from claude_wrapper.ids import Ids
+from claude_wrapper.limits import Admission
 from claude_wrapper.pool.pool import Pool
 from claude_wrapper.sandbox.security import SecurityPolicy
 from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.process import SlotProcess
+from claude_wrapper.storage.engine import Database
+from claude_wrapper.storage.state import SharedState
+from claude_wrapper.tenancy.audit import Origin, Scribe
+from claude_wrapper.tenancy.keyformat import Pepper
+from claude_wrapper.tenancy.keyring import KeyRing
 from claude_wrapper.tenancy.principal import Principal
+from claude_wrapper.usage import PriceBook, Reports
+from claude_wrapper.vault.credentials import Rules
+from claude_wrapper.vault.orgkeys import OrgKeys
+from claude_wrapper.vault.resolve import Resolver
 from claude_wrapper.wire.extensions import OAuthCredentials
 
 
@@ -47,6 +58,40 @@ class ApiSettings:
     model_aliases: Mapping[str, str]
 
 
+class Tenants(Protocol):
+    """Everything about tenants, running (`app.tenants.Tenants`)."""
+
+    @property
+    def database(self) -> Database: ...
+
+    @property
+    def state(self) -> SharedState: ...
+
+    @property
+    def keyring(self) -> KeyRing: ...
+
+    @property
+    def pepper(self) -> Pepper: ...
+
+    @property
+    def org_keys(self) -> OrgKeys: ...
+
+    @property
+    def resolver(self) -> Resolver: ...
+
+    @property
+    def vault_rules(self) -> Rules: ...
+
+    @property
+    def admission(self) -> Admission: ...
+
+    @property
+    def prices(self) -> PriceBook: ...
+
+    @property
+    def reports(self) -> Reports: ...
+
+
 class Lifecycle(Protocol):
     """Whether the server takes new work."""
 
@@ -64,7 +109,8 @@ class Deps:
     direct: Direct
     credentials: Credentials
     authenticate: Callable[[Request], Awaitable[Principal]]
-    admit: Callable[[Request, Principal, str], Awaitable[None]]
+    tenants: Tenants
+    spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     policy: SecurityPolicy
     security_report: Callable[[], dict[str, Any]]
     health: Callable[[], dict[str, Any]]
@@ -72,6 +118,15 @@ class Deps:
     clock: Clock
     ids: Ids
     version: str
+
+    def scribe(self, request: Request) -> Scribe:
+        """Who changes something, from where, for the audit log."""
+        origin = Origin(
+            address=request.client.host if request.client else None,
+            user_agent=request.headers.get("user-agent"),
+            request_id=str(request.scope.get("request_id")),
+        )
+        return Scribe(self.clock, self.ids, origin)
 
     def refuse_when_draining(self) -> None:
         """Raises Draining once the server is shutting down."""

@@ -38,6 +38,7 @@ _PLAIN: Final[Mapping[str, Any]] = {"thinking": None, "context_management": None
 class Translated:
     """Who asks, and the turn."""
 
+    principal: Principal
     owner: Owner
     turn: TurnInput
     thread: Conversation | None = None
@@ -84,7 +85,7 @@ def turn_for(
         on_disconnect=OnDisconnect(agent.on_disconnect) if agent and agent.on_disconnect else OnDisconnect.INTERRUPT,
         turn_seconds=deps.settings.turn_seconds,
     )
-    return Translated(owner_of(principal), turn)
+    return Translated(principal, owner_of(principal), turn)
 
 
 def pooled_turn(translated: Translated) -> Translated:

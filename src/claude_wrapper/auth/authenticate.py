@@ -26,8 +26,8 @@ class Keys(Protocol):
 class Authenticator:
     """From request headers to a principal."""
 
-    def __init__(self, keys: Keys, *, operator_digest: bytes, operator: Principal) -> None:
-        """`operator_digest` is `digest(key)` of the operator's key; `operator` is whom it makes its bearer."""
+    def __init__(self, keys: Keys, *, operator_digest: bytes | None, operator: Principal) -> None:
+        """`operator_digest` is `digest(key)` of a key given by a setting; `operator` is whom it makes its bearer."""
         self._keys = keys
         self._operator_digest = operator_digest
         self._operator = operator
@@ -37,7 +37,7 @@ class Authenticator:
         presented = presented_key(headers)
         if presented is None:
             raise AuthenticationFailed("an API key is needed: send `Authorization: Bearer <key>` or `x-api-key: <key>`")
-        if hmac.compare_digest(digest(presented), self._operator_digest):
+        if self._operator_digest is not None and hmac.compare_digest(digest(presented), self._operator_digest):
             return self._operator
         return await self._keys.authenticate(presented)
 
@@ -54,5 +54,5 @@ def presented_key(headers: Mapping[str, str]) -> str | None:
 
 
 def digest(key: str) -> bytes:
-    """What is kept of the operator's key. It has 256 random bits, so a plain hash cannot be searched."""
+    """What is kept of a key from the settings: two digests are compared, never two secrets. In memory only."""
     return hashlib.sha256(b"claude-wrapper operator key\0" + key.encode()).digest()

@@ -51,6 +51,8 @@ class Leg:
         self.started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
         self.gone = False
         self.finished = False
+        self.done = asyncio.Event()
+        """Set when the conversation is finished with this request."""
         self.error: WrapperError | None = None
         self._items: asyncio.Queue[Item | None] = asyncio.Queue(_ROOM)
         self._room = asyncio.Event()
@@ -83,6 +85,7 @@ class Leg:
             return
         self.finished = True
         self.error = error
+        self.done.set()
         if not self.started.done():
             self.started.set_exception(error or WrapperError("the turn ended before it started"))
             self.started.exception()  # a caller that has gone never asks: not an unhandled error

@@ -14,7 +14,9 @@ from claude_wrapper.ids import well_formed
 
 MAX_METADATA: Final = 16
 MAX_DEPTH: Final = 64
-_BARE_HOST: Final = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*\Z")
+_BARE_HOST: Final = re.compile(
+    r"(?=.{1,253}\Z)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*\Z"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,9 @@ class Fields:
         """Itself, if it has no other fields than these."""
         for name in self.data:
             if name not in names:
-                raise InvalidRequest(f"is not a field here; known are {', '.join(sorted(names))}", field=self.at(name[:64]))
+                raise InvalidRequest(
+                    f"is not a field here; known are {', '.join(sorted(names))}", field=self.at(name[:64])
+                )
         return self
 
     def has(self, name: str) -> bool:

@@ -24,15 +24,14 @@ from claude_wrapper.api.app import create_app
 from claude_wrapper.api.credentials import UpstreamCredentials
 from claude_wrapper.api.reports import health_report, security_report
 from claude_wrapper.api.state import ApiSettings, Deps
-from claude_wrapper.auth.authenticate import Authenticator
-from claude_wrapper.auth.operator import operator_key
+from claude_wrapper.app.tenants import running_tenants
+from claude_wrapper.auth.authenticate import Authenticator, digest
+from claude_wrapper.broker import FixedHeaders, McpBridge, McpServer
 from claude_wrapper.broker.broker import Broker
-from claude_wrapper.broker.calls import NoGate, NoSink
 from claude_wrapper.broker.direct import Direct
 from claude_wrapper.broker.settings import BrokerSettings
 from claude_wrapper.clock import Clock, SystemClock
 from claude_wrapper.config import Settings
-from claude_wrapper.errors import AuthenticationFailed, InvalidRequest
 from claude_wrapper.ids import Ids, RandomIds
 from claude_wrapper.pool.pool import Pool
 from claude_wrapper.pool.settings import PoolSettings
@@ -43,12 +42,13 @@ from claude_wrapper.sandbox.port import Level, Sandbox
 from claude_wrapper.sandbox.probe import probe
 from claude_wrapper.sandbox.security import SecurityLevel, effective_policy
 from claude_wrapper.sandbox.uids import DEFAULT_RANGE, UidAllocator, UidRange
+from claude_wrapper.sessions.bridge import RemoteConnector, RemoteServer
 from claude_wrapper.sessions.conversation import Rooms
 from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.process import ProcessFactory, Resume, SlotProcess, leftover_slots
 from claude_wrapper.sessions.spec import Owner
 from claude_wrapper.telemetry.logs import configure
-from claude_wrapper.tenancy.principal import Principal, operator
+from claude_wrapper.tenancy.principal import Principal
 
 log = structlog.get_logger(__name__)
 
@@ -58,10 +58,6 @@ MODEL_ALIASES: Final[Mapping[str, str]] = {
     "opus": "claude-opus-5-5",
 }
 """Short names that the CLI knows too; resolved here, so that limits, prices and metrics see one name."""
-
-
-OPERATOR_ORG: Final = "org_operator"
-"""The organisation of the operator's own people."""
 
 
 class Tasks:
@@ -170,7 +166,6 @@ async def running_server(
     sandbox = choose(settings.sandbox, required, report)
     policy = effective_policy(SecurityLevel(settings.security_level), sandbox.level)
     log.info("sandbox.chosen", sandbox=sandbox.level.value, security_level=policy.level.value, lowered=policy.lowered)
-    admin_digest, new_admin_key = operator_key(data_dir, settings.admin_key)
     slots_dir = data_dir / "slots"
     for leftover in leftover_slots(slots_dir):
         await asyncio.to_thread(remove_tree, leftover)
@@ -178,7 +173,8 @@ async def running_server(
     lifecycle = Lifecycle()
     flight = InFlight()
     async with contextlib.AsyncExitStack() as stack:
-        broker = Broker(_broker_settings(settings), clock, ids, NoGate(), NoSink())
+        tenants = await stack.enter_async_context(running_tenants(settings, data_dir, clock, ids))
+        broker = Broker(_broker_settings(settings), clock, ids, tenants.admission.gate, tenants.ledger)
         await broker.start()
         stack.push_async_callback(broker.close)
         direct = Direct(connect_seconds=settings.upstream_connect_seconds, read_seconds=settings.upstream_read_seconds)
@@ -205,7 +201,7 @@ async def running_server(
                 pool=pool,
                 clock=clock,
                 ids=ids,
-                connect_remote=_no_remote,
+                connect_remote=_remote_connector(broker),
                 spawn=tasks.spawn,
                 max_queued_turns=settings.max_queued_turns,
             ),
@@ -218,16 +214,15 @@ async def running_server(
         stack.push_async_callback(tasks.settle, 5.0)
         stack.push_async_callback(pool.close, 5.0)
         upkeep = tasks.spawn(_sweep(conversations, clock, settings.sweep_seconds))
-        stack.callback(upkeep.cancel)
+        stack.callback(upkeep.cancel)  # before the tasks are waited for: it never ends by itself
         authenticator = Authenticator(
-            NoKeys(), operator_digest=admin_digest, operator=operator(key_id="operator").acting_in(OPERATOR_ORG)
+            tenants.keyring,
+            operator_digest=digest(settings.admin_key) if settings.admin_key else None,
+            operator=tenants.operator,
         )
 
         async def authenticate(request: Request) -> Principal:
             return await authenticator.authenticate(request.headers)
-
-        async def admit(request: Request, principal: Principal, model: str) -> None:
-            del request, principal, model
 
         deps = Deps(
             settings=ApiSettings(
@@ -243,11 +238,10 @@ async def running_server(
             conversations=conversations,
             pool=pool,
             direct=direct,
-            credentials=UpstreamCredentials(
-                settings.upstream_url, settings.anthropic_api_key, allow_oauth=settings.allow_oauth
-            ),
+            credentials=UpstreamCredentials(tenants.resolver, settings.upstream_url, allow_oauth=settings.allow_oauth),
             authenticate=authenticate,
-            admit=admit,
+            tenants=tenants,
+            spawn=tasks.spawn,
             policy=policy,
             security_report=lambda: security_report(sandbox, policy, report),
             health=lambda: health_report(pool, lifecycle, __version__),
@@ -267,7 +261,7 @@ async def running_server(
             data_dir=data_dir,
             sandbox_level=sandbox.level.value,
             security_level=policy.level.value,
-            new_admin_key=new_admin_key,
+            new_admin_key=tenants.new_operator_key,
             requests=flight,
         )
 
@@ -284,17 +278,26 @@ class _Keeper:
         self.conversations.on_lost(session, slot)
 
 
-class NoKeys:
-    """A server without organisations: only the operator's key is good."""
+def _remote_connector(broker: Broker) -> RemoteConnector:
+    """Remote MCP servers are reached from outside the sandbox, by the broker, where their secrets stay."""
 
-    async def authenticate(self, presented: str | None) -> Principal:
-        del presented
-        raise AuthenticationFailed("this API key is not valid")
+    async def connect(owner: Owner, name: str, spec: Mapping[str, Any]) -> RemoteServer:
+        del owner
+        server = McpServer(name=name, url=str(spec["url"]), credential=FixedHeaders(dict(spec.get("headers", {}))))
+        return _Remote(broker.mcp_bridge(server))
+
+    return connect
 
 
-async def _no_remote(owner: Owner, name: str, spec: Mapping[str, Any]) -> Any:
-    del owner, spec
-    raise InvalidRequest("remote MCP servers are not available", field=f"mcp_servers.{name}")
+@dataclass(frozen=True, slots=True)
+class _Remote:
+    bridge: McpBridge
+
+    async def exchange(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        return await self.bridge.send(message)
+
+    async def close(self) -> None:
+        await self.bridge.close()
 
 
 async def _sweep(conversations: Conversations, clock: Clock, seconds: float) -> None:
