@@ -1,0 +1,112 @@
+"""The measurements that are scripts of their own: run as processes, their JSON turned into figures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.figures import Figure, Findings
+from bench.processes import PATH, end_group, scratch
+
+_HERE = Path(__file__).parent
+_SECONDS = 240.0
+
+
+async def run(script: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The JSON object that a script of this directory prints. Its process group is gone at the end."""
+    async with scratch() as directory:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(_HERE / script),
+            *arguments,
+            env={"PATH": PATH, "LANG": "C.UTF-8", "HOME": str(directory), "TMPDIR": str(directory)},
+            cwd=directory,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            async with asyncio.timeout(_SECONDS):
+                out, errors = await process.communicate()
+        finally:
+            end_group(process.pid, signal.SIGKILL)
+            if process.returncode is None:
+                await process.wait()
+        if process.returncode != 0:
+            raise RuntimeError(
+                f"bench/{script} failed ({process.returncode}): {errors.decode(errors='replace')[-1500:]}"
+            )
+        return dict(json.loads(out))
+
+
+async def broker(*, quick: bool) -> Findings:
+    """`bench/broker.py`: added latency per call, CPU per streamed event."""
+    arguments = ["--calls", "150", "--seconds", "2"] if quick else ["--calls", "600", "--seconds", "4"]
+    raw = await run("broker.py", arguments)
+    calls = [name for name in raw if name.startswith("call_")]
+    figures = [
+        Figure(
+            f"added per call of {name.split('_')[2]} bytes, {point}",
+            "ms",
+            [raw[name][f"added_{point}_ms"]],
+            target=most,
+        )
+        for name in calls
+        for point, most in (("p50", 1.0), ("p99", 3.0))
+    ]
+    figures += [
+        Figure(f"added delay of an event, {point}", "ms", [raw["event_delay"][f"added_{point}_ms"]])
+        for point in ("p50", "p99")
+    ]
+    figures += [
+        Figure(
+            "CPU per streamed event",
+            "µs",
+            [raw["cpu_us_per_event"]],
+            note=f"{raw['events_per_second']} events a second",
+        ),
+        Figure("CPU per call", "µs", [raw["cpu_us_per_call"]]),
+        Figure("calls a second, 8 at once", "/s", [raw["calls_per_second_8_parallel"]]),
+    ]
+    return Findings(figures, {"output": raw})
+
+
+async def limits(*, quick: bool) -> Findings:
+    """`bench/limits.py`: admission, reservations, the ledger, reports."""
+    return _plain(await run("limits.py", ["--rows", "50000" if quick else "200000"]))
+
+
+async def sessions(*, quick: bool) -> Findings:
+    """`bench/sessions.py`: whatever it prints."""
+    return _plain(await run("sessions.py", ["--quick"] if quick else []))
+
+
+def _plain(raw: dict[str, Any]) -> Findings:
+    """Every number of nested JSON as a figure; the unit is the end of its name."""
+    figures = [Figure(name, unit, [value]) for name, unit, value in _numbers(raw, ())]
+    return Findings(figures, {"output": raw})
+
+
+_UNITS = {"us": "µs", "ms": "ms", "s": "s", "mb": "MB", "bytes": "B"}
+
+
+def _numbers(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, float]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, (*path, str(name)))
+    elif isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
+        *words, last = path[-1].split("_")
+        unit = _UNITS.get(last, "")
+        leaf = " ".join(words) if unit else path[-1].replace("_", " ")
+        yield (
+            ": ".join(part for part in (*(one.replace("_", " ") for one in path[:-1]), leaf) if part),
+            unit,
+            float(value),
+        )
