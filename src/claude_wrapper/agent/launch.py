@@ -85,6 +85,8 @@ class LaunchSpec:
     model: str
     """Always explicit: the CLI's default differs by credential kind."""
     extra_env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    proxy: str | None = None
+    """URL of the proxy that is the process's way to the network, where it has one."""
 
 
 _ALWAYS = (
@@ -111,6 +113,11 @@ _FIXED_ENV: Mapping[str, str] = {
     "DISABLE_ERROR_REPORTING": "1",
     "DISABLE_BUG_COMMAND": "1",
     "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",  # memory is per home, and would carry one conversation into the next
+    # A refusal is an answer, and a stream that broke off is an error: the CLI would ask again by itself, at the
+    # caller's cost, and with another answer than the one that was shown (measured with 2.1.327).
+    "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
+    "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
+    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
     "CLAUDE_CODE_MAX_RETRIES": "0",  # the broker retries; the CLI's ten retries turn a wrong key into minutes
 }
 
@@ -118,6 +125,8 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,199}")
 _RESERVED_PREFIXES = ("ANTHROPIC_", "CLAUDE_CODE_OAUTH", "CLAUDE_CODE_USE_", "LD_", "BUN_", "NODE_")
 _RESERVED_NAMES = frozenset({"HOME", "PATH", "CLAUDE_CONFIG_DIR"}) | frozenset(_FIXED_ENV)
+_NOT_THROUGH_PROXY = "localhost,127.0.0.1,::1,broker.invalid"
+"""The model API is behind the unix socket; servers that the agent starts are its own."""
 _PROXIES = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"})
 
 
@@ -144,6 +153,9 @@ def _arguments(spec: LaunchSpec) -> tuple[str, ...]:
         arguments += ["--session-id", _checked_uuid(spec.session_uuid, "session_uuid")]
     if spec.resume_uuid is not None:
         arguments += ["--resume", _checked_uuid(spec.resume_uuid, "resume_uuid")]
+    if spec.proxy is not None:
+        # The CLI would ask api.anthropic.com, past its base URL, whether a host is safe to fetch.
+        arguments += ["--settings", '{"skipWebFetchPreflight":true}']
     return tuple(arguments)
 
 
@@ -156,6 +168,10 @@ def _environment(spec: LaunchSpec) -> dict[str, str]:
             raise ConfigurationError("base_url: must begin with http:// when the broker is reached by a unix socket")
         env["ANTHROPIC_UNIX_SOCKET"] = str(spec.socket)
     env[_CREDENTIAL_VARIABLE[spec.profile.auth]] = spec.token
+    if spec.proxy is not None:
+        for name in ("HTTPS_PROXY", "HTTP_PROXY"):
+            env[name] = env[name.lower()] = spec.proxy
+        env["NO_PROXY"] = env["no_proxy"] = _NOT_THROUGH_PROXY
     for name, value in spec.extra_env.items():
         _check_extra(name, value)
         env[name] = value

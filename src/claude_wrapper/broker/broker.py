@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket as sockets
 from pathlib import Path
 
 from claude_wrapper.broker.breaker import BreakerView
@@ -115,12 +116,14 @@ class Broker:
             raise ConfigurationError(f"cannot listen on {socket}: {error.strerror or error}") from error
         return endpoint
 
-    async def open_egress(self, slot: str, socket: Path, settings: EgressSettings | None = None) -> Egress:
-        """The slot's CONNECT proxy on the unix socket `socket`. It allows nothing until `Egress.allow`; the caller closes
-        it. Raises ConfigurationError."""
+    async def open_egress(
+        self, slot: str, where: Path | sockets.socket, settings: EgressSettings | None = None
+    ) -> Egress:
+        """The slot's CONNECT proxy on a listener or a unix socket at a path. It allows nothing until `Egress.allow`; the
+        caller closes it. Raises ConfigurationError."""
         settings = settings or EgressSettings(permitted=self._means.settings.permitted_networks)
         egress = Egress(slot, self._means.observer, settings=settings, resolver=self._resolver)
-        await egress.start(socket)
+        await egress.start(where)
         return egress
 
     def mcp_bridge(self, server: McpServer) -> McpBridge:

@@ -1,7 +1,7 @@
 """An allow-listing CONNECT proxy for a sandbox with network: package registries, git hosts, chosen domains.
 
-It listens on a unix socket in the slot's directory; a forwarder inside the sandbox offers it as `HTTPS_PROXY`. Names
-are resolved out here, private, link-local and metadata addresses are refused after resolution, and the address that was
+It accepts from a listener that the server holds inside the sandbox's own network (`sandbox.loopback`), which the process
+knows as `HTTPS_PROXY`, or from a unix socket. Names are resolved out here, private, link-local and metadata addresses are refused after resolution, and the address that was
 checked is the one that is dialled. Everything asked for is told to the observer.
 
 Not defended: what is said inside an allowed tunnel (TLS is not opened). A host that serves anybody's content can carry
@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+
+import structlog
 
 from claude_wrapper.broker.addresses import Network
 from claude_wrapper.broker.calls import Observer
@@ -21,7 +24,11 @@ from claude_wrapper.broker.hosts import HostRules, Resolver, SystemResolver, add
 from claude_wrapper.broker.sockets import bind_private
 from claude_wrapper.errors import ConfigurationError, PermissionDenied, UpstreamUnavailable
 
+log = structlog.get_logger(__name__)
+
 _PIECE = 64 * 1024
+_LOGGED_REFUSALS = 20
+"""Per slot and list of hosts: an agent that asks in a loop must not fill the log. All of them are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,11 @@ class Egress:
         self._server: asyncio.Server | None = None
         self._tunnels: set[asyncio.Task[None]] = set()
         self._socket: Path | None = None
+        self.opened = 0
+        """Tunnels so far."""
+        self.refused = 0
+        """Attempts so far that the list or the address forbade."""
+        self._logged = 0
 
     @property
     def rules(self) -> HostRules:
@@ -68,17 +80,23 @@ class Egress:
     def allow(self, rules: HostRules) -> None:
         """What the slot's tenant may reach from now on. Open tunnels are closed: they were allowed to somebody else."""
         self._rules = rules
+        self._logged = 0
         for tunnel in self._tunnels:
             tunnel.cancel()
 
-    async def start(self, socket: Path) -> None:
-        """Listen on `socket`, for the owner of its directory only. Raises ConfigurationError."""
+    async def start(self, where: Path | socket.socket) -> None:
+        """Accept on a listener, which is closed at the end; or listen on a unix socket at this path, for the owner of its
+        directory only. Raises ConfigurationError."""
+        bound = self._settings.max_head_bytes
+        if isinstance(where, socket.socket):
+            self._server = await asyncio.start_server(self._serve, sock=where, limit=bound)
+            return
         try:
-            listener = bind_private(socket)
+            listener = bind_private(where)
         except OSError as error:
-            raise ConfigurationError(f"cannot listen on {socket}: {error.strerror or error}") from error
-        self._socket = socket
-        self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=self._settings.max_head_bytes)
+            raise ConfigurationError(f"cannot listen on {where}: {error.strerror or error}") from error
+        self._socket = where
+        self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=bound)
 
     async def close(self) -> None:
         """Close all tunnels and stop listening. Idempotent."""
@@ -141,7 +159,7 @@ class Egress:
                 raise PermissionDenied(f"{host}:{port} is not on the list of allowed hosts")
             addresses = await addresses_of(host, port, self._resolver, self._settings.permitted)
         except PermissionDenied as error:
-            self._observer.egress(self.slot, host, port, allowed=False, reason=error.message)
+            self._note_refusal(host, port, error.message)
             raise _Denied(403, "Forbidden", error.message) from error
         except UpstreamUnavailable as error:
             self._observer.egress(self.slot, host, port, allowed=True, reason=error.message)
@@ -152,10 +170,26 @@ class Egress:
                     opened = await asyncio.open_connection(address, port, limit=_PIECE)
             except (OSError, TimeoutError):
                 continue
+            self.opened += 1
             self._observer.egress(self.slot, host, port, allowed=True, reason="")
             return opened
         self._observer.egress(self.slot, host, port, allowed=True, reason="cannot be reached")
         raise _Denied(502, "Bad Gateway", f"{host}:{port} cannot be reached")
+
+    def _note_refusal(self, host: str, port: int, reason: str) -> None:
+        self.refused += 1
+        self._observer.egress(self.slot, host, port, allowed=False, reason=reason)
+        if self._logged < _LOGGED_REFUSALS:
+            self._logged += 1
+            log.warning(
+                "egress.refused",
+                slot=self.slot,
+                host=host,
+                port=port,
+                reason=reason,
+                refused=self.refused,
+                last_logged=self._logged == _LOGGED_REFUSALS,
+            )
 
     async def _pump(
         self,

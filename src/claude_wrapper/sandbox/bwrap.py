@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from claude_wrapper.errors import SandboxUnavailable
-from claude_wrapper.sandbox import commands, directories, processes, seccomp
+from claude_wrapper.sandbox import commands, directories, loopback, processes, seccomp
 from claude_wrapper.sandbox.cgroup import CgroupTree
 from claude_wrapper.sandbox.commands import Tools
 from claude_wrapper.sandbox.none import own_child, signal_tree
@@ -186,6 +187,12 @@ class BwrapSandbox:
             if inside:
                 return min(inside)[1]
         return spawned_pid
+
+    def listen_inside(self, pid: int, port: int, uid: int | None) -> socket.socket:
+        first = next(iter(processes.children(pid)), None) if own_child(pid) else None
+        if first is None:
+            raise SandboxUnavailable("the process has ended: there is no network of its own any more")
+        return loopback.listen_inside(first, port, uid)
 
     def freeze(self, pid: int, dirs: SlotDirs) -> None:
         if not (self._host.cgroups and self._host.cgroups.freeze(dirs.root.name, frozen=True)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path, PurePosixPath
 
 from claude_wrapper.errors import SandboxUnavailable
@@ -55,6 +56,9 @@ class NoSandbox:
 
     def main_pid(self, spawned_pid: int) -> int:
         return spawned_pid
+
+    def listen_inside(self, pid: int, port: int, uid: int | None) -> socket.socket:
+        raise SandboxUnavailable("the level `none` shares the host's network: a proxy would confine nothing")
 
     def freeze(self, pid: int, dirs: SlotDirs) -> None:
         signal_tree(pid, signal.SIGSTOP)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -159,6 +160,14 @@ class Sandbox(Protocol):
 
     def main_pid(self, spawned_pid: int) -> int:
         """The CLI's own pid as the host sees it; the spawned pid while it is not there yet."""
+        ...
+
+    def listen_inside(self, pid: int, port: int, uid: int | None) -> socket.socket:
+        """A listener on the loopback of the process's own network, held by the server; `pid` is the spawned one.
+
+        Blocks for up to some tens of milliseconds: call it in a thread, when the CLI has answered once. Raises
+        SandboxUnavailable with the cause; levels that give a process no network of its own always do.
+        """
         ...
 
     def freeze(self, pid: int, dirs: SlotDirs) -> None:

@@ -14,6 +14,7 @@ import marshal
 import os
 import resource
 import signal
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,9 @@ class RestrictedSandbox:
 
     def main_pid(self, spawned_pid: int) -> int:
         return spawned_pid
+
+    def listen_inside(self, pid: int, port: int, uid: int | None) -> socket.socket:
+        raise SandboxUnavailable("the level `restricted` leaves unix sockets only: no proxy can be reached")
 
     def freeze(self, pid: int, dirs: SlotDirs) -> None:
         if not (self._host.cgroups and self._host.cgroups.freeze(dirs.root.name, frozen=True)):

@@ -212,6 +212,7 @@ class Conversation:
             process.endpoint.bind(self._binding(turn_input))
             process.endpoint.begin(self._context(turn, turn_input))
             await self._prepare(process, claim.kind, turn_input)
+            await process.reach(self.owner.org)
             started = Started(self.session, turn, process.pid, claim.kind.value, claim.waited_seconds)
             leg.start(started)
             keep = await self._converse(process, turn_input, leg, started)

@@ -10,25 +10,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
+
+import structlog
 
 from claude_wrapper.agent.connection import Agent
 from claude_wrapper.agent.launch import Auth, LaunchProfile, LaunchSpec, command
 from claude_wrapper.agent.settings import AgentSettings
 from claude_wrapper.broker.bodies import SYSTEM_PLACEHOLDER
 from claude_wrapper.broker.broker import Broker
+from claude_wrapper.broker.egress import Egress
+from claude_wrapper.broker.egresslists import EgressLists
 from claude_wrapper.broker.endpoint import Endpoint
 from claude_wrapper.clock import Clock
-from claude_wrapper.errors import SpawnFailed, WrapperError
+from claude_wrapper.errors import SandboxUnavailable, SpawnFailed, WrapperError
 from claude_wrapper.ids import Ids
 from claude_wrapper.sandbox.files import empty_tree, remove_tree
 from claude_wrapper.sandbox.port import SOCKET_NAME, Containment, Level, Limits, Sandbox, SlotDirs
 from claude_wrapper.sandbox.uids import UidAllocator
 
+log = structlog.get_logger(__name__)
+
 _PAGE: Final = 4096
+_PROXY_PORT: Final = 3128
 _STOP_SECONDS: Final = 5.0
 """EOF on stdin ends a healthy CLI in 25 ms (measured); longer means it is stuck."""
 
@@ -63,6 +70,20 @@ class SlotProcess:
     fingerprint: str | None = None
     mcp_servers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     watching: asyncio.Task[None] | None = None
+    open_network: Callable[[SlotProcess], Awaitable[Egress | None]] | None = None
+    """Opens the process's way to the network; None: it has none."""
+    egress_lists: EgressLists | None = None
+    egress: Egress | None = None
+
+    async def reach(self, org: str) -> None:
+        """Let the process reach what this organisation may reach, and nothing else. After it has been initialised."""
+        if self.open_network is None or self.egress_lists is None:
+            return
+        if self.egress is None:
+            self.egress = await self.open_network(self)
+        rules = await self.egress_lists.rules(org)
+        if self.egress is not None and self.egress.rules != rules:
+            self.egress.allow(rules)
 
     @property
     def pid(self) -> int:
@@ -119,6 +140,8 @@ class SlotProcess:
         del reason
         await self.agent.stop(grace=_STOP_SECONDS)
         await self.endpoint.close()
+        if self.egress is not None:
+            await self.egress.close()
         await asyncio.to_thread(self.sandbox.remove_dirs, self.dirs)
         uid, self.uid = self.uid, None
         if uid is not None:
@@ -170,6 +193,7 @@ class ProcessFactory:
         ids: Ids,
         uids: UidAllocator | None,
         extra_env: Mapping[str, str] | None = None,
+        egress: EgressLists | None = None,
     ) -> None:
         self._cli = cli
         self._slots_dir = slots_dir
@@ -182,6 +206,7 @@ class ProcessFactory:
         self._ids = ids
         self._uids = uids
         self._extra_env = dict(extra_env or {})
+        self._egress = egress if egress is not None and egress.any and sandbox.level is Level.BWRAP else None
 
     async def spawn(self, slot: str, profile: LaunchProfile, resume: Resume | None) -> SlotProcess:
         """A running process, initialised and primed when its profile allows it. Raises SpawnFailed."""
@@ -210,6 +235,7 @@ class ProcessFactory:
         layout = self._sandbox.layout(dirs, self._cli)
         endpoint = await self._broker.open(slot, dirs.run / SOCKET_NAME if layout.socket is not None else None)
         cleanup.push_async_callback(endpoint.close)
+        networked = self._egress is not None and profile.tools != ()
         argv, env = command(
             LaunchSpec(
                 profile=profile,
@@ -223,6 +249,7 @@ class ProcessFactory:
                 resume_uuid=resume.uuid if resume else None,
                 model=self._default_model,
                 extra_env=self._extra_env,
+                proxy=f"http://127.0.0.1:{_PROXY_PORT}" if networked else None,
             )
         )
         launch = self._sandbox.prepare(
@@ -250,7 +277,18 @@ class ProcessFactory:
             initialized=primed,
             model=self._default_model,
             confined_to=layout.work if self._sandbox.level is Level.NONE else None,
+            open_network=self._open_network if networked else None,
+            egress_lists=self._egress,
         )
+
+    async def _open_network(self, process: SlotProcess) -> Egress | None:
+        """A proxy on the loopback of the process's own network."""
+        try:
+            listener = await asyncio.to_thread(self._sandbox.listen_inside, process.agent.pid, _PROXY_PORT, process.uid)
+        except SandboxUnavailable as error:
+            log.warning("egress.unavailable", slot=process.slot, reason=error.message)
+            return None
+        return await self._broker.open_egress(process.slot, listener)
 
 
 def leftover_slots(slots_dir: Path) -> Iterable[Path]:
