@@ -37,6 +37,7 @@ CREDENTIAL = "cred"
 CALL = "call"
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford base 32, lower case: no i, l, o, u
+_TO_ALPHABET = bytes(ord(_ALPHABET[value % 32]) for value in range(256))  # 256 is a multiple of 32: no bias
 _SHAPE = re.compile(r"[a-z]+_[0-9A-Za-z_-]{1,120}\Z")
 
 
@@ -56,7 +57,8 @@ class RandomIds:
     """Identifiers from the operating system's random source."""
 
     def new(self, prefix: str) -> str:
-        return f"{prefix}_" + "".join(secrets.choice(_ALPHABET) for _ in range(26))
+        # One system call for all characters: 26 calls of secrets.choice cost 43 us, a tenth of a broker call.
+        return f"{prefix}_" + secrets.token_bytes(26).translate(_TO_ALPHABET).decode("ascii")
 
     def uuid(self) -> str:
         return str(uuid.uuid4())

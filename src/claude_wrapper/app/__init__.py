@@ -29,6 +29,7 @@ from claude_wrapper.auth.authenticate import Authenticator, digest
 from claude_wrapper.broker import FixedHeaders, McpBridge, McpServer
 from claude_wrapper.broker.broker import Broker
 from claude_wrapper.broker.direct import Direct
+from claude_wrapper.broker.egresslists import EgressLists
 from claude_wrapper.broker.settings import BrokerSettings
 from claude_wrapper.clock import Clock, SystemClock
 from claude_wrapper.config import Settings
@@ -167,7 +168,7 @@ async def running_server(
     policy = effective_policy(SecurityLevel(settings.security_level), sandbox.level)
     log.info("sandbox.chosen", sandbox=sandbox.level.value, security_level=policy.level.value, lowered=policy.lowered)
     slots_dir = data_dir / "slots"
-    for leftover in leftover_slots(slots_dir):
+    for leftover in (*leftover_slots(slots_dir), *leftover_slots(data_dir / "kept")):
         await asyncio.to_thread(remove_tree, leftover)
     tasks = Tasks()
     lifecycle = Lifecycle()
@@ -191,6 +192,7 @@ async def running_server(
             clock=clock,
             ids=ids,
             uids=_uids(settings, sandbox),
+            egress=EgressLists(policy.egress, settings.egress_hosts),
         )
         keeper = _Keeper()
         pool: Pool[SlotProcess] = Pool(
@@ -204,6 +206,7 @@ async def running_server(
                 connect_remote=_remote_connector(broker),
                 spawn=tasks.spawn,
                 max_queued_turns=settings.max_queued_turns,
+                kept_dir=data_dir / "kept",
             ),
             kept_dir=data_dir / "kept",
             forget_after_seconds=settings.session_seconds,

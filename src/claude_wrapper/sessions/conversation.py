@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -38,9 +39,9 @@ from claude_wrapper.sessions.bridge import CLIENT_SERVER, Bridge, RemoteConnecto
 from claude_wrapper.sessions.leg import Item, Leg, Started
 from claude_wrapper.sessions.permissions import Permissions
 from claude_wrapper.sessions.process import Resume, SlotProcess
-from claude_wrapper.sessions.spec import Approve, Message, OnDisconnect, Owner, TurnInput
+from claude_wrapper.sessions.spec import Approve, Journal, Message, OnDisconnect, Owner, TurnEnd, TurnInput
 from claude_wrapper.wire.control import ControlRefused
-from claude_wrapper.wire.merge import CONTINUED_BY_CLI, MessageMerger
+from claude_wrapper.wire.merge import CLIENT_PREFIX, CONTINUED_BY_CLI, MessageMerger
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +57,8 @@ class Rooms:
     spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     """Starts a task and keeps a reference until it ends."""
     max_queued_turns: int = 16
+    kept_dir: Path = Path()
+    """Where the files of conversations without a process lie."""
     parked_seconds: float = 600.0
     """How long a turn waits for the results of the caller's own tools."""
 
@@ -74,8 +77,12 @@ class _Running:
     user_messages: list[Message] = field(default_factory=list)
     interrupted: bool = False
     """The caller, or whoever speaks for it, ended the turn early."""
+    done: bool = False
+    """The whole answer was handed over and the conversation settled."""
     cut: bool = False
     """The message ended before the CLI's turn did."""
+    suspended: bool = False
+    """It goes on in another process, later."""
     parked: asyncio.Event | None = None
     """Set while the turn waits for tool results; the event says that the next leg is attached."""
 
@@ -110,12 +117,17 @@ class Conversation:
         self.process: SlotProcess | None = None
         """The process that holds this conversation, while one does."""
         self.ended = False
+        self.journal: Journal | None = None
+        """Who writes down what happens here."""
+        self._end = TurnEnd()
         self._rooms = rooms
         self._on_settled = on_settled
         self._order = asyncio.Lock()
         self._queued = 0
         self._running: _Running | None = None
         self._bridge: Bridge | None = None
+        self._leg: Leg | None = None
+        """The request that the running turn answers at the moment."""
 
     # What callers ask -------------------------------------------------------------------------------------------------
 
@@ -159,7 +171,7 @@ class Conversation:
             raise Conflict(f"session {self.session} is not waiting for tool results")
         leg = Leg(self._merger(turn_input), lambda one: self._caller_gone(one, None))
         leg.start(Started(self.session, running.turn, running.started.pid, Kind.WARM.value, 0.0))
-        running.leg = leg
+        running.leg = self._leg = leg
         running.input = turn_input
         running.user_messages.append(Message("user", turn_input.content))
         self.messages = [*turn_input.history, *running.user_messages[-1:]]
@@ -169,6 +181,24 @@ class Conversation:
         self._bridge.answer(results)
         parked.set()
         return leg
+
+    def answer_calls(self, results: Sequence[dict[str, Any]]) -> None:
+        """Results of the caller's tools for the running durable turn, in any order; one too early waits."""
+        if self._bridge is not None:
+            self._bridge.answer(results)
+
+    def allow_seconds(self, seconds: float | None) -> None:
+        """The running turn may take this long from now; None: without end, while a person is asked."""
+        running = self._running
+        if running is not None:
+            until = None if seconds is None else asyncio.get_running_loop().time() + seconds
+            running.deadline.reschedule(until)
+
+    async def suspend(self) -> None:
+        """End the running turn without an end of its own: it is continued in another process."""
+        if self._running is not None:
+            self._running.suspended = True
+            await self.interrupt()
 
     async def interrupt(self) -> None:
         """End the running turn early; its caller gets what there is."""
@@ -181,11 +211,16 @@ class Conversation:
 
     async def _run(self, turn_input: TurnInput, leg: Leg) -> None:
         error: WrapperError | None = None
+        last, settled = leg, False
         try:
             if self._running is not None and self._running.parked is not None:
                 await self.interrupt()  # a new message instead of the tool results: the parked turn is over
             async with self._order:
-                await self._turn(turn_input, leg)
+                self._leg = leg
+                try:
+                    settled = await self._turn(turn_input, leg)
+                finally:
+                    last, self._leg = self._leg or leg, None
         except WrapperError as failed:
             error = failed
         except asyncio.CancelledError:
@@ -197,13 +232,35 @@ class Conversation:
         finally:
             self._queued -= 1
             self.last_used = self._rooms.clock.monotonic()
-            (self._last_leg or leg).finish(error)
-            leg.finish(error)
+            for one in (last, leg):
+                one.finish(error)
+            if not settled and not self._queued:
+                self._on_settled(self)
+
+    def _settle(self, leg: Leg) -> None:
+        """The leg is answered: the caller may go on from it before this turn has quite ended."""
+        self.messages.append(Message("assistant", leg.merger.message()["content"]))
+        self.head = leg.merger.message_id
+        if self.held or self._queued == 1:
             self._on_settled(self)
+        leg.finish()
 
-    _last_leg: Leg | None = None
+    async def _turn(self, turn_input: TurnInput, leg: Leg) -> bool:
+        """Run one turn; whether the conversation was settled by it."""
+        journal = self.journal
+        if journal is None:
+            return await self._on_process(turn_input, leg)
+        turn_input = await journal.begin(turn_input)
+        self._end = TurnEnd(interrupted=True)
+        try:
+            return await self._on_process(turn_input, leg)
+        except WrapperError as error:
+            self._end = TurnEnd(error)
+            raise
+        finally:
+            await asyncio.shield(asyncio.ensure_future(journal.end(self._end)))
 
-    async def _turn(self, turn_input: TurnInput, leg: Leg) -> None:
+    async def _on_process(self, turn_input: TurnInput, leg: Leg) -> bool:
         claim = await self._claim(turn_input)
         keep = Keep.DISCARD
         try:
@@ -215,20 +272,27 @@ class Conversation:
             await process.reach(self.owner.org)
             started = Started(self.session, turn, process.pid, claim.kind.value, claim.waited_seconds)
             leg.start(started)
-            keep = await self._converse(process, turn_input, leg, started)
+            keep, settled = await self._converse(process, turn_input, leg, started)
         except (InvalidRequest, UpstreamError):
             # Nothing was said yet: the process is as good as before.
             keep = Keep.SESSION if claim.kind is Kind.WARM else Keep.DETACH
             raise
         finally:
             if keep is not Keep.SESSION:
-                self.process = None
-            await asyncio.shield(asyncio.ensure_future(claim.release(keep)))
+                self.lose(claim.process)
+            await claim.release(keep)
+        return settled
+
+    def lose(self, process: SlotProcess) -> None:
+        """The process goes. What an agent did to its files and learned is kept for its next process."""
+        self.process = None
+        if process.profile.tools != ():
+            self.resume = process.keep(self._rooms.kept_dir / process.slot)
 
     async def _claim(self, turn_input: TurnInput) -> Claim[SlotProcess]:
         if self.process is not None and self.process.fingerprint != turn_input.spec.fingerprint:
+            self.lose(self.process)
             await self._rooms.pool.end_session(self.session)  # set up otherwise: another process takes over
-            self.process = None
         return await self._rooms.pool.claim(
             ClaimRequest(
                 claim=self._rooms.ids.new("claim"),
@@ -256,8 +320,14 @@ class Conversation:
             await self._bind_fresh(process, turn_input)
         if process.model != turn_input.model:
             await _set_model(process, turn_input.model)
+        if process.permission_mode != spec.permission_mode:
+            await process.agent.set_permission_mode(spec.permission_mode)
+            process.permission_mode = spec.permission_mode
         if turn_input.max_thinking_tokens is not None:
             await process.agent.set_max_thinking_tokens(turn_input.max_thinking_tokens)
+        if spec.asked_tools != process.asked_tools:
+            await process.agent.apply_flag_settings({"permissions": {"ask": sorted(spec.asked_tools)}})
+            process.asked_tools = spec.asked_tools
         servers = bridge.servers(spec.mcp_servers, with_client_tools=bool(spec.client_tools))
         if servers != process.mcp_servers:
             await process.agent.mcp_set_servers(servers)
@@ -276,15 +346,17 @@ class Conversation:
                 json_schema=dict(spec.json_schema) if spec.json_schema else None,
             )
             process.initialized = True
-        if spec.permission_mode != "default":
-            await process.agent.set_permission_mode(spec.permission_mode)
         if self.resume is not None:
             self.resume = None  # the process was started with --resume: it holds the history already
-        elif turn_input.history:
-            await process.agent.inject(_with_tool_prefix(turn_input.history, spec.client_tools), model=turn_input.model)
+        elif past := turn_input.history if turn_input.past is None else turn_input.past:
+            await process.agent.inject(_with_tool_prefix(past, spec.client_tools), model=turn_input.model)
 
-    async def _converse(self, process: SlotProcess, turn_input: TurnInput, leg: Leg, started: Started) -> Keep:
+    async def _converse(
+        self, process: SlotProcess, turn_input: TurnInput, leg: Leg, started: Started
+    ) -> tuple[Keep, bool]:
         line = self._rooms.ids.uuid()
+        if turn_input.replay is not None:
+            process.endpoint.replay(turn_input.replay)
         agent_turn = process.agent.turn(turn_input.content, uuid=line)
         error: WrapperError | None = None
         calls: Sequence[UpstreamCall] = ()
@@ -296,6 +368,8 @@ class Conversation:
                 )  # fmt: skip
                 self.messages = [*turn_input.history, *running.user_messages]
                 async for frame in agent_turn:
+                    if self.journal is not None:
+                        await self.journal.frame(frame)
                     await self._deliver(running, frame)
         except TimeoutError:
             error = AgentTimeout(
@@ -310,45 +384,59 @@ class Conversation:
 
     async def _conclude(
         self, running: _Running, line: str, error: WrapperError | None, calls: Sequence[UpstreamCall]
-    ) -> Keep:
-        """Bring process and known history to the same place, and say whether the process can stay."""
-        leg = self._last_leg = running.leg
-        process = running.process
+    ) -> tuple[Keep, bool]:
+        """Bring process and known history to the same place: whether the process stays, and whether that was done
+        before the caller had its answer."""
         self.turns += 1
-        if error is None and not running.interrupted:
-            error = _failure(leg.merger, calls)
-        if error is None and not running.interrupted and not running.cut:
-            self._answered(leg)
-            leg.finish()
-            return Keep.SESSION
-        leg.finish(error or (TurnInterrupted() if running.interrupted and not running.cut else None))
-        if len(running.user_messages) > 1 or not await self._undo(process, line):
-            # Several requests were answered on the way: taking back the last one alone is not possible.
-            self._forget_last(running)
-            return Keep.DISCARD
-        self._forget_last(running)
-        if not running.cut or error is not None:
-            return Keep.SESSION
-        self.messages.extend(running.user_messages)
-        self._answered(leg)
-        answered = self.messages[-2:]
-        try:
-            await process.agent.inject(
-                [{"role": one.role, "content": one.content} for one in answered], model=running.input.model
-            )
-        except WrapperError:
-            return Keep.DISCARD
-        return Keep.SESSION
-
-    def _answered(self, leg: Leg) -> None:
-        self.messages.append(Message("assistant", leg.merger.message()["content"]))
-        self.head = leg.merger.message_id
-
-    def _forget_last(self, running: _Running) -> None:
-        """The caller will send its last message again: it is not part of the known history."""
-        del running
+        self._end = TurnEnd(error, running.interrupted, suspended=running.suspended, calls=calls)
+        if running.input.durable:
+            return self._conclude_durable(running, error, calls), True
+        if running.done and error is None:
+            self._end = TurnEnd(kept=True, calls=calls)
+            return Keep.SESSION, True
+        leg = running.leg
+        if running.interrupted and running.parked is not None:
+            # Answered up to the tool calls, which nobody will answer: the process holds more than it should.
+            return Keep.DISCARD, True
+        if error is None and running.interrupted and not leg.gone:
+            self._settle(leg)  # ended early on purpose: what was said so far stands, here and in the process
+            return Keep.SESSION, True
+        if error is None and not running.cut:
+            error = TurnInterrupted() if running.interrupted else _failure(leg.merger, calls) or TurnInterrupted()
         if self.messages and self.messages[-1].role == "user":
-            self.messages = self.messages[:-1]
+            self.messages.pop()  # the caller will send it again
+        # Several requests may have been answered on the way: the last one alone cannot be taken back.
+        undone = len(running.user_messages) == 1 and await self._undo(running.process, line)
+        if error is not None:
+            leg.finish(error)
+            return (Keep.SESSION if undone else Keep.DISCARD), False
+        self.messages.extend(running.user_messages[-1:])
+        self._end = TurnEnd(kept=True, calls=calls)
+        self._settle(leg)
+        if not undone:
+            return Keep.DISCARD, True
+        return (Keep.SESSION if await self._retell(running) else Keep.DISCARD), True
+
+    def _conclude_durable(self, running: _Running, error: WrapperError | None, calls: Sequence[UpstreamCall]) -> Keep:
+        """Nothing is taken back: a process that still answers holds what happened."""
+        leg = running.leg
+        error = error or (None if running.interrupted else _failure(leg.merger, calls))
+        self._end = TurnEnd(error, running.interrupted, kept=True, suspended=running.suspended, calls=calls)
+        if not running.done and (content := leg.merger.message()["content"]):
+            self.messages.append(Message("assistant", content))
+        leg.finish(error)
+        usable = running.process.alive and not running.suspended and (error is None or isinstance(error, UpstreamError))
+        return Keep.SESSION if usable else Keep.DISCARD
+
+    async def _retell(self, running: _Running) -> bool:
+        """Put the turn back as its caller saw it: the CLI had gone on where the message ended."""
+        said = [{"role": one.role, "content": one.content} for one in self.messages[-2:]]
+        try:
+            await running.process.agent.inject(said, model=running.input.model)
+        except WrapperError as failed:
+            log.info("turn.not_retold", session=self.session, cause=failed.message)
+            return False
+        return True
 
     async def _deliver(self, running: _Running, frame: Any) -> None:
         if running.parked is not None:
@@ -358,14 +446,17 @@ class Conversation:
         leg = running.leg
         await leg.put(Item(frame, leg.merger.feed(frame)))
         merger = leg.merger
-        if not merger.finished or frame.type == "result" or running.parked is not None or running.cut:
+        if not merger.finished or running.parked is not None or running.cut or merger.failure is not None:
             return
-        if merger.client_calls and merger.failure is None:
+        if frame.type == "result":
+            if not running.interrupted:
+                running.done = True
+                self._settle(leg)
+        elif merger.client_calls:
             self._park(running)
         else:
-            # The caller's message is complete although the CLI goes on: its request is answered, the rest is not wanted.
+            # The caller's message is complete although the CLI goes on by itself: the rest is not wanted.
             running.cut = True
-            leg.finish(None if merger.failure is None else _failure(merger, ()))
             await running.agent_turn.interrupt()
 
     def _park(self, running: _Running) -> None:
@@ -374,11 +465,9 @@ class Conversation:
         leg = running.leg
         message = leg.merger.message()
         self._bridge.expect([block["id"] for block in message["content"] if block["type"] == "tool_use"])
-        self._answered(leg)
         running.parked = asyncio.Event()
         running.deadline.reschedule(None)
-        leg.finish()
-        self._on_settled(self)
+        self._settle(leg)
         self._rooms.spawn(self._expire(running, running.parked))
 
     async def _expire(self, running: _Running, parked: asyncio.Event) -> None:
@@ -397,7 +486,7 @@ class Conversation:
 
     async def _undo(self, process: SlotProcess, line: str) -> bool:
         """Take a failed or abandoned turn out of the process's context. False when that is not possible."""
-        if not process.alive or self._last_leg is None:
+        if not process.alive:
             return False
         try:
             await process.agent.rewind(line)
@@ -414,8 +503,10 @@ class Conversation:
             self._rooms.ids.new(MESSAGE),
             turn_input.model,
             structured=spec.json_schema is not None,
+            # The caller of a durable turn is told of its tools by the journal; the turn itself goes on.
+            strip_mcp_prefix="" if turn_input.durable else CLIENT_PREFIX,
             # Without tools of its own the process stands for a plain model, which stops where the CLI would go on.
-            end_at=frozenset() if spec.profile.tools != () else CONTINUED_BY_CLI,
+            end_at=frozenset() if spec.profile.tools != () or turn_input.durable else CONTINUED_BY_CLI,
         )
 
     def _binding(self, turn_input: TurnInput) -> Binding:

@@ -9,11 +9,12 @@ takes the process, the second gets the history injected into another one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
@@ -26,6 +27,8 @@ from claude_wrapper.sessions.leg import Leg
 from claude_wrapper.sessions.process import Resume, SlotProcess
 from claude_wrapper.sessions.spec import Message, Owner, TurnInput
 from claude_wrapper.wire.history import history_key
+
+_KEPT_SECONDS: Final = 60.0
 
 log = structlog.get_logger(__name__)
 
@@ -125,10 +128,9 @@ class Conversations:
         """The idle conversation with exactly this history, else a new one."""
         waiting = self._by_history.get(self._key(owner, history)) if history else None
         for conversation in reversed(waiting or ()):
-            if conversation.ended:
-                continue
-            if not conversation.busy or (results and conversation.awaiting_tools):
-                return conversation
+            if conversation.ended or (conversation.awaiting_tools and not results):
+                continue  # a parked turn is continued by its tool results only
+            return conversation
         return self._new(owner, held=False)
 
     def _known_history(
@@ -208,9 +210,7 @@ class Conversations:
         conversation.process = None
         if process.profile.tools != () and process.agent.session_uuid is not None:
             # Its workspace and the CLI's own transcript are the conversation: both are kept for --resume.
-            kept = self._kept_dir / session
-            await process.keep(kept)
-            conversation.resume = Resume(process.agent.session_uuid, kept)
+            conversation.resume = process.keep(self._kept_dir / process.slot)
         elif not conversation.held and not conversation.busy:
             # A stateless client sends the history again, and a spare takes it from there.
             self._forget(conversation)
@@ -220,8 +220,8 @@ class Conversations:
         """An idle conversation's process died by itself: the next turn gets the history injected into another one."""
         conversation = self._by_session.get(session)
         log.warning("process.lost", session=session, slot=slot)
-        if conversation is not None:
-            conversation.process = None
+        if conversation is not None and conversation.process is not None:
+            conversation.lose(conversation.process)
 
     async def end(self, owner: Owner, session: str) -> None:
         """Forget a conversation and give its process back."""
@@ -251,8 +251,8 @@ class Conversations:
         for key in [key for key, one in self._by_name.items() if one is conversation]:
             del self._by_name[key]
         if conversation.resume is not None:
-            kept, conversation.resume = conversation.resume.kept, None
-            self._rooms.spawn(_remove(kept))
+            resume, conversation.resume = conversation.resume, None
+            self._rooms.spawn(_remove(resume))
 
 
 def tool_results(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -261,5 +261,8 @@ def tool_results(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [block for block in content if block.get("type") == "tool_result"]
 
 
-def _remove(kept: Path) -> Coroutine[Any, Any, None]:
-    return asyncio.to_thread(remove_tree, kept)
+async def _remove(resume: Resume) -> None:
+    with contextlib.suppress(TimeoutError, FileNotFoundError):
+        async with asyncio.timeout(_KEPT_SECONDS):
+            await resume.ready.wait()  # the files are moved there when the process has ended
+        await asyncio.to_thread(remove_tree, resume.kept)

@@ -30,12 +30,15 @@ from claude_wrapper.errors import SandboxUnavailable, SpawnFailed, WrapperError
 from claude_wrapper.ids import Ids
 from claude_wrapper.sandbox.files import empty_tree, remove_tree
 from claude_wrapper.sandbox.port import SOCKET_NAME, Containment, Level, Limits, Sandbox, SlotDirs
+from claude_wrapper.sandbox.staging import reachable_cli
 from claude_wrapper.sandbox.uids import UidAllocator
 
 log = structlog.get_logger(__name__)
 
 _PAGE: Final = 4096
 _PROXY_PORT: Final = 3128
+_KEPT_SECONDS: Final = 20.0
+"""How long a new process waits for the old one of its conversation to end."""
 _STOP_SECONDS: Final = 5.0
 """EOF on stdin ends a healthy CLI in 25 ms (measured); longer means it is stuck."""
 
@@ -48,6 +51,8 @@ class Resume:
     """The CLI's session id: its transcript lies in the kept home."""
     kept: Path
     """Directory with `home/` and `work/` to move into the new slot."""
+    ready: asyncio.Event = field(default_factory=asyncio.Event, compare=False)
+    """Set once the files are there: the old process has ended."""
 
 
 @dataclass(slots=True)
@@ -68,7 +73,11 @@ class SlotProcess:
     confined_to: PurePosixPath | None = None
     """Without a sandbox: the workspace, which file tools may not leave."""
     fingerprint: str | None = None
+    permission_mode: str = "default"
+    kept: Resume | None = None
+    """What will be left of it for the conversation to go on with."""
     mcp_servers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    asked_tools: frozenset[str] = frozenset()
     watching: asyncio.Task[None] | None = None
     open_network: Callable[[SlotProcess], Awaitable[Egress | None]] | None = None
     """Opens the process's way to the network; None: it has none."""
@@ -130,18 +139,25 @@ class SlotProcess:
         await asyncio.to_thread(empty_tree, self.dirs.work)
         return True
 
-    async def keep(self, target: Path) -> None:
-        """End the process and move its home and workspace to `target`; `stop` then cleans up the rest."""
-        await self.agent.stop(grace=_STOP_SECONDS)  # the CLI writes its transcript out when its input ends
-        await asyncio.to_thread(_keep, self.dirs, target)
+    def keep(self, target: Path) -> Resume | None:
+        """Let `stop` move home and workspace to `target` instead of removing them. None when there is nothing to
+        resume: the CLI has not begun a session."""
+        if self.agent.session_uuid is None:
+            return None
+        if self.kept is None:
+            self.kept = Resume(self.agent.session_uuid, target)
+        return self.kept
 
     async def stop(self, reason: str) -> None:
         """End the process and everything that belongs to its slot. May be called again when it failed half-way."""
         del reason
-        await self.agent.stop(grace=_STOP_SECONDS)
+        await self.agent.stop(grace=_STOP_SECONDS)  # the CLI writes its transcript out when its input ends
         await self.endpoint.close()
         if self.egress is not None:
             await self.egress.close()
+        if self.kept is not None and not self.kept.ready.is_set():
+            await asyncio.to_thread(_keep, self.dirs, self.kept.kept)
+            self.kept.ready.set()
         await asyncio.to_thread(self.sandbox.remove_dirs, self.dirs)
         uid, self.uid = self.uid, None
         if uid is not None:
@@ -214,7 +230,7 @@ class ProcessFactory:
         async with cleanup:
             try:
                 process = await self._spawn(slot, profile, resume, cleanup)
-            except (WrapperError, OSError) as error:
+            except (WrapperError, OSError, TimeoutError) as error:
                 if isinstance(error, SpawnFailed):
                     raise
                 raise SpawnFailed(f"The Claude process could not be started: {error}") from error
@@ -231,15 +247,18 @@ class ProcessFactory:
         dirs = self._sandbox.create_dirs(self._slots_dir / slot, uid)
         cleanup.push_async_callback(asyncio.to_thread, self._sandbox.remove_dirs, dirs)
         if resume is not None:
+            async with asyncio.timeout(_KEPT_SECONDS):
+                await resume.ready.wait()
             await asyncio.to_thread(_adopt, resume.kept, dirs, uid)
-        layout = self._sandbox.layout(dirs, self._cli)
+        cli = await asyncio.to_thread(reachable_cli, self._cli, self._slots_dir.parent / "cli", uid)
+        layout = self._sandbox.layout(dirs, cli)
         endpoint = await self._broker.open(slot, dirs.run / SOCKET_NAME if layout.socket is not None else None)
         cleanup.push_async_callback(endpoint.close)
         networked = self._egress is not None and profile.tools != ()
         argv, env = command(
             LaunchSpec(
                 profile=profile,
-                cli=self._cli,
+                cli=cli,
                 base_url=endpoint.base_url,
                 socket=layout.socket,
                 token=endpoint.token,
@@ -253,7 +272,7 @@ class ProcessFactory:
             )
         )
         launch = self._sandbox.prepare(
-            Containment(dirs=dirs, cli=self._cli, argv=argv, env=env, limits=self._limits, uid=uid)
+            Containment(dirs=dirs, cli=cli, argv=argv, env=env, limits=self._limits, uid=uid)
         )
         agent = await Agent.start(
             launch, sandbox=self._sandbox, dirs=dirs, clock=self._clock, ids=self._ids, settings=self._settings
