@@ -66,7 +66,7 @@ async def create_agent(tx: AsyncConnection, principal: Principal, scribe: Scribe
             updated_at=now,
         )
     )
-    await _add_version(tx, principal, scribe, agent_id, 1, definition)
+    await _add_version(tx, principal, scribe, (agent_id, 1), definition)
     await scribe.record(tx, principal, "agent.create", (AGENT, agent_id), after={"name": definition["name"]})
     return await get_agent(tx, principal, agent_id)
 
@@ -136,7 +136,7 @@ async def update_agent(
     await _look_up(tx, principal, definition, agent_id, version)
     if definition == {**present.definition}:
         return present
-    await _add_version(tx, principal, scribe, agent_id, version, definition)
+    await _add_version(tx, principal, scribe, (agent_id, version), definition)
     await _set(tx, principal, agent_id, version=version, updated_at=scribe.now())
     changed = sorted(name for name in definition if definition[name] != present.definition[name])
     await scribe.record(tx, principal, "agent.update", (AGENT, agent_id), after={"version": version, "fields": changed})
@@ -176,8 +176,9 @@ async def _set(tx: AsyncConnection, principal: Principal, agent_id: str, **value
 
 
 async def _add_version(
-    tx: AsyncConnection, principal: Principal, scribe: Scribe, agent_id: str, version: int, definition: dict[str, Any]
+    tx: AsyncConnection, principal: Principal, scribe: Scribe, this: tuple[str, int], definition: dict[str, Any]
 ) -> None:
+    agent_id, version = this
     await tx.execute(
         sa.insert(agent_versions).values(
             agent_id=agent_id,

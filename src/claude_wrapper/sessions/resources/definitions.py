@@ -6,7 +6,7 @@ writes the versions that they mean at this moment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,7 +45,7 @@ def new_definition(fields: Fields) -> Definition:
     for name in ("name", "model"):
         if not fields.given(name):
             raise InvalidRequest("is required", field=fields.at(name))
-    values = {name: _READERS[name](fields) for name in _FIELDS if name != "metadata"}
+    values: dict[str, Any] = {name: _READERS[name](fields) for name in _FIELDS if name != "metadata"}
     values["metadata"] = metadata_of(fields)
     require_connected(values["tools"], values["mcp_servers"])
     return Definition(values)
@@ -183,7 +183,7 @@ def _roster_entry(value: Any, path: str, *, advisor: bool) -> dict[str, Any]:
     return resolved
 
 
-_READERS: Final = {
+_READERS: Final[Mapping[str, Callable[[Fields], Any]]] = {
     "name": lambda fields: name_of(fields.data["name"], fields.at("name"), most=256),
     "model": resolve_model,
     "description": lambda fields: fields.maybe_text("description", most=2048) or None,
