@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,27 +67,23 @@ class Load:
 @settings(max_examples=15, deadline=None)
 @given(
     callers=st.dictionaries(st.sampled_from("abcdef"), st.sampled_from([1, 2, 5, 15]), min_size=2),
-    max_processes=st.integers(2, 8),
-    parallel_spawns=st.integers(1, 3),
-    per_org=st.sampled_from([None, 3]),
-    per_principal=st.sampled_from([None, 1]),
+    limits=st.fixed_dictionaries(
+        {
+            "max_processes": st.integers(2, 8),
+            "parallel_spawns": st.integers(1, 3),
+            "max_processes_per_org": st.sampled_from([None, 3]),
+            "max_processes_per_principal": st.sampled_from([None, 1]),
+        }
+    ),
     seed=st.integers(0, 2**32),
 )
 def test_everybody_is_served_within_a_bounded_number_of_grants_to_others(
-    callers: dict[str, int],
-    max_processes: int,
-    parallel_spawns: int,
-    per_org: int | None,
-    per_principal: int | None,
-    seed: int,
+    callers: dict[str, int], limits: dict[str, Any], seed: int
 ) -> None:
     world = World(
         PoolSettings(
             spares={CHAT: 1},
-            max_processes=max_processes,
-            max_processes_per_org=per_org,
-            max_processes_per_principal=per_principal,
-            parallel_spawns=parallel_spawns,
+            **limits,
             refill_delay_seconds=0.0,
             queue_seconds=10**6,
             freeze_after_seconds=None,
@@ -100,7 +97,7 @@ def test_everybody_is_served_within_a_bounded_number_of_grants_to_others(
     lanes = len(callers)
     # A claim waits for those before it in its own lane, each of which is passed over at most `patience + lanes` times
     # while it contends; what is granted while its room is being made and its process started comes on top.
-    under_way = 4 * (max_processes + parallel_spawns)
+    under_way = 4 * (limits["max_processes"] + limits["parallel_spawns"])
     for org, count in callers.items():
         if org != min(callers):
             assert load.longest[org] <= count * (8 + 3 * lanes + under_way), (org, load.longest, load.served)
