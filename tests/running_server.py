@@ -64,6 +64,7 @@ class Answer:
 @contextlib.asynccontextmanager
 async def running(directory: Path, **overrides: Any) -> AsyncIterator[Running]:
     """Start a server with these settings; stop it and check that nothing is left."""
+    directory.mkdir(exist_ok=True)
     directory.chmod(0o711)
     async with ScriptedUpstream() as upstream:
         settings = Settings(

@@ -119,6 +119,11 @@ class Settings:
         "Allow stored credentials to name an upstream by plain http or with a private address.",
         kind="bool",
     )
+    private_networks: tuple[str, ...] = setting(
+        (),
+        "The operator's own networks, as `10.1.0.0/16`, that MCP servers and egress may reach although they are private.",
+        kind="list",
+    )
     upstream_connect_seconds: float = setting(10.0, "Time to connect to the model API.", kind="float", minimum=0.1)
     upstream_read_seconds: float = setting(
         300.0, "Longest silence of the model API within an answer.", kind="float", minimum=1

@@ -7,11 +7,12 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
 import pytest
+
 from running_server import Answer, Running, running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.real_cli]
@@ -153,10 +154,8 @@ async def test_two_hundred_requests_over_32_conversations_each_get_their_own_ans
     ) as server:
 
         async def converse(number: int) -> list[Answer]:
-            answers = []
-            for turn in range(6 if number < 24 else 7):
-                answers.append(await server.ask(f"[[say c{number}-t{turn}]]", session_id=f"c{number}"))
-            return answers
+            turns = range(6 if number < 24 else 7)
+            return [await server.ask(f"[[say c{number}-t{turn}]]", session_id=f"c{number}") for turn in turns]
 
         async with asyncio.timeout(110):
             conversations = await asyncio.gather(*(converse(number) for number in range(32)))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Mapping
+import ipaddress
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,7 @@ from claude_wrapper.broker.egresslists import EgressLists
 from claude_wrapper.broker.settings import BrokerSettings
 from claude_wrapper.clock import Clock, SystemClock
 from claude_wrapper.config import Settings
+from claude_wrapper.errors import ConfigurationError
 from claude_wrapper.ids import Ids, RandomIds
 from claude_wrapper.pool.pool import Pool
 from claude_wrapper.pool.settings import PoolSettings
@@ -331,7 +333,15 @@ def _broker_settings(settings: Settings) -> BrokerSettings:
         breaker_failures=settings.breaker_failures,
         breaker_seconds=settings.breaker_seconds,
         max_body_bytes=settings.max_body_bytes + 2 * 2**20,
+        permitted_networks=_networks(settings.private_networks),
     )
+
+
+def _networks(texts: Sequence[str]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(text) for text in texts)
+    except ValueError as error:
+        raise ConfigurationError(f"CLAUDE_WRAPPER_PRIVATE_NETWORKS: {error}") from error
 
 
 def _pool_settings(settings: Settings) -> PoolSettings:
