@@ -63,6 +63,18 @@ class Conflict(WrapperError):
     code = "conflict"
 
 
+class MemoryPreconditionFailed(Conflict):
+    """The memory has other content than the request expects."""
+
+    code = "memory_precondition_failed"
+
+
+class MemoryPathConflict(Conflict):
+    """Another memory stands at this path, or where a directory is needed."""
+
+    code = "memory_path_conflict"
+
+
 class PreconditionFailed(WrapperError):
     """The precondition that the request named does not hold."""
 

@@ -35,6 +35,8 @@ ANTHROPIC: Final[Mapping[str, Row]] = MappingProxyType(
         "request_too_large": Row(413, "request_too_large"),
         "not_found": Row(404, "not_found_error"),
         "conflict": Row(409, "conflict_error"),
+        "memory_precondition_failed": Row(409, "memory_precondition_failed_error"),
+        "memory_path_conflict": Row(409, "memory_path_conflict_error"),
         "precondition_failed": Row(412, "invalid_request_error"),
         "authentication_failed": Row(401, "authentication_error"),
         "permission_denied": Row(403, "permission_error"),
