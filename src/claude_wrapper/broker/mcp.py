@@ -77,7 +77,7 @@ class McpAsk:
     body: bytes | None = field(repr=False)
 
 
-class _ForbiddenAddress(OSError):  # noqa: N818 (a decision, not a fault)
+class _ForbiddenAddress(OSError):
     """The resolver's word, in the one kind of error that aiohttp expects of it."""
 
 

@@ -30,7 +30,7 @@ class Refusal:
         return pairs
 
 
-class Refused(Exception):  # noqa: N818 (a decision, not a fault)
+class Refused(Exception):
     """Carries a refusal to where the answer is written."""
 
     def __init__(self, refusal: Refusal) -> None:

@@ -26,7 +26,7 @@ class Ask:
     body: bytes | None = field(repr=False)
 
 
-class UpstreamFailure(Exception):  # noqa: N818 (becomes a status)
+class UpstreamFailure(Exception):
     """No answer, or an answer that broke off."""
 
     def __init__(self, status: int, message: str, *, dropped: bool = False) -> None:

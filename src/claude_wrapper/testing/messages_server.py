@@ -73,7 +73,7 @@ class RecordedRequest:
         return self
 
 
-class _Refused(Exception):  # noqa: N818 (it is an answer)
+class _Refused(Exception):
     def __init__(self, status: int, message: str, *, kind: str | None = None, retry_after: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.retry_after = status, message, retry_after

@@ -21,7 +21,7 @@ CANCEL = "control_cancel_request"
 TYPES = frozenset({REQUEST, RESPONSE, CANCEL})
 
 
-class ControlRefused(AgentProtocolError):  # noqa: N818 (a fact, as all domain errors here)
+class ControlRefused(AgentProtocolError):
     """The Claude process refused a control request."""
 
 

@@ -13,7 +13,7 @@ MAX_LINE = 16 * 2**20
 """Bytes. The CLI prints whole file contents in one tool result; 16 MiB is beyond anything it was seen to print."""
 
 
-class LineTooLong(AgentProtocolError):  # noqa: N818 (a fact, as all domain errors here)
+class LineTooLong(AgentProtocolError):
     """The Claude process wrote a line that is longer than the limit."""
 
 

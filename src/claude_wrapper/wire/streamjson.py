@@ -25,7 +25,7 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SQUARE = bytes.maketrans(b"{}", b"[]")
 
 
-class MalformedFrame(AgentProtocolError):  # noqa: N818 (a fact, as all domain errors here)
+class MalformedFrame(AgentProtocolError):
     """The Claude process wrote a line that is not a frame."""
 
 
