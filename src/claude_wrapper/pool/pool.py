@@ -34,6 +34,9 @@ _SLOT_PREFIX_LENGTH = len(SLOT) + 9
 
 _STOP_ATTEMPTS = 2
 
+_SHORTEST_ALARM = 0.001
+"""Timers may ring a hair early; without a floor the rest would be waited for in a busy loop."""
+
 
 @dataclass(slots=True)
 class _Waiter:
@@ -273,7 +276,7 @@ class Pool(Generic[P]):
         self._keep_task(self._alarm)
 
     async def _ring(self, at: float) -> None:
-        await self._clock.sleep(max(0.0, at - self._clock.monotonic()))
+        await self._clock.sleep(max(_SHORTEST_ALARM, at - self._clock.monotonic()))
         self._alarm, self._alarm_at = None, float("inf")
         sweep_at = self._state.sweep_at
         if sweep_at is not None and self._clock.monotonic() >= sweep_at:
@@ -301,7 +304,7 @@ class Pool(Generic[P]):
             error = SpawnFailed(f"the Claude process was not ready within {self._settings.spawn_seconds:g} s")
             self._apply(m.SpawnBroke(slot, error))
             return
-        except Exception as error:  # noqa: BLE001 - whatever went wrong, the slot must not be lost
+        except Exception as error:
             _log.warning("pool.spawn_failed slot=%s: %s", slot, error)
             self._apply(m.SpawnBroke(slot, error))
             return
@@ -319,7 +322,7 @@ class Pool(Generic[P]):
             if self._on_hibernate is not None:
                 async with asyncio.timeout(self._settings.hibernate_seconds):
                     resume = await self._on_hibernate(action.session, action.slot, process, action.reason)
-        except Exception:  # noqa: BLE001 - the process goes in any case, and the failure is counted
+        except Exception:
             self._hibernate_failures += 1
             _log.exception("pool.hibernate_failed slot=%s session=%s", action.slot, action.session)
         self._apply(m.Hibernated(action.slot, resume))
@@ -329,7 +332,7 @@ class Pool(Generic[P]):
         try:
             async with asyncio.timeout(self._settings.rewind_seconds):
                 clean = await self._processes[slot].rewind()
-        except Exception as error:  # noqa: BLE001 - a process that cannot be made clean is stopped, whatever the cause
+        except Exception as error:
             _log.warning("pool.rewind_failed slot=%s: %s", slot, error)
         self._apply(m.Rewound(slot, clean))
 
@@ -350,7 +353,7 @@ class Pool(Generic[P]):
                 async with asyncio.timeout(self._settings.stop_seconds):
                     await process.stop(reason)
                 break
-            except Exception:  # noqa: BLE001 - tried again, then counted
+            except Exception:
                 _log.exception("pool.stop_failed slot=%s pid=%s attempt=%s", slot, process.pid, attempt)
         else:
             self._stop_failures += 1
