@@ -304,7 +304,7 @@ class Pool(Generic[P]):
             error = SpawnFailed(f"the Claude process was not ready within {self._settings.spawn_seconds:g} s")
             self._apply(m.SpawnBroke(slot, error))
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, the slot must not be lost
             _log.warning("pool.spawn_failed slot=%s: %s", slot, error)
             self._apply(m.SpawnBroke(slot, error))
             return
@@ -322,7 +322,7 @@ class Pool(Generic[P]):
             if self._on_hibernate is not None:
                 async with asyncio.timeout(self._settings.hibernate_seconds):
                     resume = await self._on_hibernate(action.session, action.slot, process, action.reason)
-        except Exception:
+        except Exception:  # noqa: BLE001 - the process goes in any case, and the failure is counted
             self._hibernate_failures += 1
             _log.exception("pool.hibernate_failed slot=%s session=%s", action.slot, action.session)
         self._apply(m.Hibernated(action.slot, resume))
@@ -332,7 +332,7 @@ class Pool(Generic[P]):
         try:
             async with asyncio.timeout(self._settings.rewind_seconds):
                 clean = await self._processes[slot].rewind()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a process that cannot be made clean is stopped, whatever the cause
             _log.warning("pool.rewind_failed slot=%s: %s", slot, error)
         self._apply(m.Rewound(slot, clean))
 
@@ -353,7 +353,7 @@ class Pool(Generic[P]):
                 async with asyncio.timeout(self._settings.stop_seconds):
                     await process.stop(reason)
                 break
-            except Exception:
+            except Exception:  # noqa: BLE001 - tried again, then counted
                 _log.exception("pool.stop_failed slot=%s pid=%s attempt=%s", slot, process.pid, attempt)
         else:
             self._stop_failures += 1
