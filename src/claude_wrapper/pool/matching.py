@@ -180,14 +180,34 @@ class _Round:
                 if self._take_ready(claim) or self._provide(claim):
                     self.served.add(claim.request.org)
         self.grant_ready()
+        reached_all = True
         for claim in queue.walk(self._load, self.served):
+            if self._exhausted():
+                reached_all = False
+                break
             if claim.request.claim not in self.settled:
                 self._provide(claim)
+        limit = self.state.settings.max_processes_per_org
         for org in queue.lanes:
-            if org not in self.contending:
+            at_its_limit = limit is not None and self.state.held[org] >= limit
+            if org not in self.contending and (reached_all or at_its_limit):
                 queue.note_blocked(org)
 
+    def _exhausted(self) -> bool:
+        """Whether nothing can be done for any claim: a saturated pool must not walk its whole queue at every event."""
+        state, by_state = self.state, self.state.by_state
+        on_its_way = self.leaving > 0 or any(self.coming.values()) or any(self.cleaning.values())
+        if on_its_way or by_state[SlotState.IDLE] or by_state[SlotState.DETACHED]:
+            return False
+        settings = state.settings
+        if len(state.slots) < settings.max_processes and not memory_is_full(state):
+            return state.count(SlotState.SPAWNING) >= settings.parallel_spawns
+        return not by_state[SlotState.SPARE] or self.leaving_at_start >= settings.parallel_spawns
+
     def grant_ready(self) -> None:
+        by_state = self.state.by_state
+        if not (by_state[SlotState.SPARE] or by_state[SlotState.DETACHED] or by_state[SlotState.IDLE]):
+            return
         for claim in self.state.queue.walk(self._load, self.served):
             if claim.request.claim not in self.settled:
                 self._take_ready(claim)
