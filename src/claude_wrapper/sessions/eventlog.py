@@ -81,7 +81,7 @@ class Opened:
     """The newest event's number."""
 
 
-class SlowReader(Exception):  # noqa: N818 (a fact)
+class SlowReader(Exception):
     """The reader was too far behind and is cut off; it may come back with the last id that it saw."""
 
 
@@ -172,6 +172,31 @@ class EventLog:
         own = shown.pop("cross_posted", False) or kind.startswith(("session.", "user."))
         thread = None if own else event.get("session_thread_id")
         return {"id": shown["id"], "type": kind, "thread_id": thread, "body": msgspec.json.encode(shown)}
+
+    async def queued(
+        self, tx: AsyncConnection, principal: Principal, session: str, types: Sequence[str]
+    ) -> list[Stored]:
+        """The client's events of these types that wait to be processed, in order."""
+        table = session_events
+        query = (
+            sa.select(table.c.seq, table.c.id, table.c.type, table.c.thread_id, table.c.body)
+            .where(owned(principal, table), table.c.session_id == session)
+            .where(table.c.processed_at.is_(None), table.c.type.in_(list(types)))
+        )
+        rows = (await tx.execute(query.order_by(table.c.seq))).all()
+        return [Stored(row.seq, row.id, row.type, row.thread_id, _whole(row.body, None)) for row in rows]
+
+    async def processed(
+        self, tx: AsyncConnection, principal: Principal, session: str, events: Sequence[Stored]
+    ) -> None:
+        """These events have been taken up."""
+        table = session_events
+        await tx.execute(
+            sa.update(table)
+            .where(owned(principal, table), table.c.session_id == session)
+            .where(table.c.seq.in_([one.seq for one in events]))
+            .values(processed_at=self._clock.now())
+        )
 
     async def publish(self, session: str, stored: Sequence[Stored]) -> None:
         """Tell all streams of a committed batch. Never fails: who was not told finds out in a few seconds."""

@@ -62,6 +62,8 @@ class Output:
     """A model message is complete: all its tool calls are known now."""
     threads: list[tuple[str, str, str]] = field(default_factory=list)
     """Sub-agents that came or went: (thread id, name, status)."""
+    thread_id: str | None = None
+    """The sub-agent whose previews these are; None: the session's own agent."""
 
     def __bool__(self) -> bool:
         return bool(self.events or self.previews or self.settled or self.threads)
@@ -108,6 +110,7 @@ class TurnTranslator:
         self._children: dict[str, _Stream] = {}
         self._names: dict[str, str] = {}
         self._calls: dict[str, tuple[str, str]] = {}  # the model's id -> (event id, kind of ToolCall)
+        self._done: set[str] = set()
         self._failed_servers: set[str] = set()
         self._notice = ""
 
@@ -116,6 +119,7 @@ class TurnTranslator:
         out = Output()
         parent = frame.parent_tool_use_id
         stream = self._main if parent is None else self._child(parent, out)
+        out.thread_id = stream.thread
         match frame.type:
             case "stream_event" if frame.event is not None:
                 stream.event(bytes(frame.event), out)
@@ -130,6 +134,14 @@ class TurnTranslator:
             case _:
                 pass
         return out
+
+    def know(self, calls: Mapping[str, tuple[str, str]], *, done: Iterable[str]) -> None:
+        """Calls that were published before, in another process: the model's id → (event id, name as the CLI has it).
+
+        `done`: those whose results were published, too.
+        """
+        self._calls |= {one: (event, managed_tools.shown(name, None).kind) for one, (event, name) in calls.items()}
+        self._done |= set(done)
 
     def close(self) -> Output:
         """The turn ended without a result (the process died): close what is open."""
@@ -164,8 +176,9 @@ class TurnTranslator:
         tool_use_id = str(block.get("tool_use_id"))
         self._end_child(tool_use_id, out)
         known = self._calls.get(tool_use_id)
-        if known is None:
+        if known is None or tool_use_id in self._done:
             return
+        self._done.add(tool_use_id)
         event_id, kind = known
         content = managed_tools.result_content(block.get("content"))
         is_error = bool(block.get("is_error", False))

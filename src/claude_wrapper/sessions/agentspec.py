@@ -1,0 +1,91 @@
+"""What a session's agent means for its process: tools, prompts, servers, and the policy that decides each call. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from claude_wrapper.agent.launch import CHAT, CHAT_OAUTH, Auth, LaunchProfile
+from claude_wrapper.errors import PermissionDenied
+from claude_wrapper.sandbox.security import SecurityPolicy
+from claude_wrapper.sessions.resources.tools import CUSTOM, built_in_policies, mcp_policy
+from claude_wrapper.sessions.spec import ConversationSpec
+from claude_wrapper.wire.managed_tools import CLIENT_PREFIX, TO_CLI
+
+ALLOW: Final = "allow"
+ASK: Final = "ask"
+DENY: Final = "deny"
+_PLAIN_EFFORT: Final = "high"
+"""What the model API does when no effort is named: then nothing is sent, for models that know none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A process's set-up and the policy of its calls."""
+
+    spec: ConversationSpec
+    model: str
+    system: list[dict[str, Any]] | None
+    overrides: Mapping[str, Any]
+    decide: Callable[[str, Any], str] = field(repr=False)
+    """(tool as the CLI names it, input) → allow, ask or deny."""
+
+
+def policy_of(agent: Mapping[str, Any]) -> Callable[[str, Any], str]:
+    """What the agent's permission policies say of a call."""
+    tools = agent.get("tools") or ()
+    built_in = {TO_CLI[name]: policy for name, policy in built_in_policies(tools).items()}
+
+    def decide(name: str, tool_input: Any) -> str:
+        del tool_input
+        if name.startswith(CLIENT_PREFIX):
+            return ALLOW
+        if name.startswith("mcp__"):
+            server, _, tool = name.removeprefix("mcp__").partition("__")
+            policy = mcp_policy(tools, server, tool)
+        else:
+            policy = built_in.get(name)
+            if policy is None and not built_in:
+                return ALLOW  # an agent that is not described by toolsets: the server's own policy decides
+        if policy is None or not policy.enabled:
+            return DENY
+        return ASK if policy.policy == "always_ask" else ALLOW
+
+    return decide
+
+
+def setup(agent: Mapping[str, Any], security: SecurityPolicy, *, oauth: bool, aliases: Mapping[str, str]) -> Setup:
+    """Raises PermissionDenied when the agent has a tool that this server's security level excludes."""
+    entries = agent.get("tools") or ()
+    decide = policy_of(agent)
+    enabled = {TO_CLI[name] for name, policy in built_in_policies(entries).items() if policy.enabled}
+    if enabled and not security.tools:
+        why = "; ".join(security.lowered) or f"the security level {security.level} excludes it"
+        raise PermissionDenied(f"agent.tools: built-in tools are not allowed: {why}")
+    # What the level excludes is not offered to the model: the other tools stay useful.
+    tools = tuple(sorted(enabled & set(security.tools)))
+    servers = {one["name"]: {"type": "http", "url": one["url"]} for one in agent.get("mcp_servers") or ()}
+    asked = {name for name in tools if decide(name, None) == ASK} | {f"mcp__{name}" for name in servers}
+    prompt = agent.get("system")
+    system = [{"type": "text", "text": prompt}] if prompt else None
+    chat = not tools
+    profile = LaunchProfile("agent", bare=False, tools=tools, auth=Auth.OAUTH if oauth else Auth.API_KEY)
+    spec = ConversationSpec(
+        profile=(CHAT_OAUTH if oauth else CHAT) if chat else profile,
+        allowed_tools=frozenset(tools),
+        asked_tools=frozenset(asked),
+        system=tuple(system) if system and chat and oauth else None,
+        append_system_prompt=prompt if prompt and not chat else None,
+        mcp_servers=servers,
+        client_tools=tuple(
+            {"name": one["name"], "description": one.get("description", ""), "input_schema": one["input_schema"]}
+            for one in entries
+            if one.get("type") == CUSTOM
+        ),
+    )
+    model = agent["model"]
+    effort = (model.get("effort") or {}).get("type", _PLAIN_EFFORT)
+    overrides = {} if oauth or effort == _PLAIN_EFFORT else {"output_config": {"effort": effort}}
+    name = str(model["id"])
+    return Setup(spec, aliases.get(name, name), system if chat and not oauth else None, overrides, decide)

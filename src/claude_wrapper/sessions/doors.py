@@ -1,0 +1,216 @@
+"""One conversation, two doors: `/v1/sessions` and `/v1/messages` with a `session_id` reach the same one.
+
+A conversation lives in the memory of a replica and its session in the database. Here they meet: a conversation that is
+asked for is restored from its transcript if this replica does not hold it, and one that the Messages door makes gets a
+session, so that it can be listed, streamed and continued through the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from claude_wrapper.broker.calls import Credential, CredentialKind
+from claude_wrapper.errors import NotFound
+from claude_wrapper.ids import SESSION, well_formed
+from claude_wrapper.sandbox.security import SecurityPolicy
+from claude_wrapper.sessions import records
+from claude_wrapper.sessions.agentspec import Setup, policy_of, setup
+from claude_wrapper.sessions.conversation import Conversation
+from claude_wrapper.sessions.conversations import Conversations
+from claude_wrapper.sessions.journal import Books, SessionJournal
+from claude_wrapper.sessions.records import Session
+from claude_wrapper.sessions.sessionfields import NewSession
+from claude_wrapper.sessions.spec import Owner, TurnEnd, TurnInput
+from claude_wrapper.sessions.threads import note_thread
+from claude_wrapper.sessions.transcript import client_view
+from claude_wrapper.storage.tables.tenancy import organizations
+from claude_wrapper.tenancy.principal import ActorKind, Principal, owned
+from claude_wrapper.tenancy.scopes import Role
+from claude_wrapper.wire.streamjson import Frame
+
+log = structlog.get_logger(__name__)
+
+
+class Doors:
+    """Conversations and their sessions."""
+
+    def __init__(
+        self,
+        books: Books,
+        conversations: Conversations,
+        *,
+        choose: Callable[[Principal], Awaitable[Credential]],
+        security: SecurityPolicy,
+        aliases: Mapping[str, str],
+    ) -> None:
+        """`choose` finds the upstream credential of a principal."""
+        self.on_change: Callable[[str], None] = lambda _session: None
+        self._books = books
+        self._conversations = conversations
+        self._choose = choose
+        self._security = security
+        self._aliases = aliases
+        conversations.on_named = self.attach
+
+    # What runners ask (runner.Host) -----------------------------------------------------------------------------------
+
+    async def open(self, session: Session) -> tuple[Conversation, SessionJournal]:
+        """The session's conversation, restored if this replica does not hold it."""
+        conversation = self._conversations.find(session.id)
+        if conversation is None:
+            async with self._books.db.read() as tx:
+                messages = await records.load_messages(tx, acting(session), session.id)
+            conversation = self._conversations.find(session.id) or self._conversations.restore(
+                session.id, session.owner, client_view(messages), name=session.name
+            )
+        journal = conversation.journal
+        if isinstance(journal, SessionJournal):
+            journal.session = session
+            journal.decide = policy_of(session.agent)
+        else:
+            conversation.journal = journal = self._journal(session, conversation)
+        return conversation, journal
+
+    async def credential(self, principal: Principal) -> Credential:
+        """Raises CredentialMissing."""
+        return await self._choose(principal)
+
+    def setup(self, session: Session, credential: Credential) -> Setup:
+        """Raises PermissionDenied."""
+        oauth = credential.kind is CredentialKind.OAUTH
+        return setup(session.agent, self._security, oauth=oauth, aliases=self._aliases)
+
+    def busy(self, session: str) -> bool:
+        """A turn runs here."""
+        conversation = self._conversations.find(session)
+        return conversation is not None and conversation.busy
+
+    async def close(self, session: Session) -> None:
+        """The session is over: end its turn and give its process back."""
+        conversation = self._conversations.find(session.id)
+        if conversation is not None:
+            await self._conversations.end(conversation.owner, session.id)
+
+    def _journal(self, session: Session, conversation: Conversation) -> SessionJournal:
+        return SessionJournal(
+            self._books,
+            session,
+            acting(session),
+            conversation,
+            decide=policy_of(session.agent),
+            on_change=lambda: self.on_change(session.id),
+        )
+
+    # The Messages door ------------------------------------------------------------------------------------------------
+
+    async def admit(self, principal: Principal, owner: Owner, name: str) -> None:
+        """Before the Messages door looks for a named conversation: restore it if its session is in the database.
+
+        Raises NotFound for a session id of somebody else and for an archived session.
+        """
+        by_id = name.startswith(f"{SESSION}_") and well_formed(name, SESSION)
+        if self._conversations.known(owner, name):
+            return
+        async with self._books.db.read() as tx:
+            if by_id:
+                session: Session | None = await records.get_session(tx, principal, name)
+            else:
+                session = await records.find_named(tx, principal, owner.principal, name)
+        if session is None:
+            return
+        if session.ended:
+            raise NotFound(f"session {session.id} has ended")
+        await self.open(session)
+
+    def attach(self, conversation: Conversation, name: str) -> None:
+        """The Messages door made a named conversation: its first turn makes its session."""
+        conversation.journal = _FirstTurn(self, self._books, conversation, name)
+
+    async def adopt(self, conversation: Conversation, name: str, turn_input: TurnInput) -> SessionJournal | None:
+        """The session of a conversation that has none yet; None when its organisation is not in the database."""
+        owner, books = conversation.owner, self._books
+        principal = _owner_acting(owner)
+        now = books.clock.now()
+        async with books.db.transaction() as tx:
+            if not await _has_rows(tx, principal):
+                return None
+            new = NewSession(agent=_described(turn_input), origin=records.BY_MESSAGES, name=name)
+            row = new.row(principal, conversation.session, books.ids.new("sthr"), now)
+            await records.insert_session(tx, {**row, "actor_id": owner.principal})
+            session = await records.get_session(tx, principal, conversation.session)
+            await note_thread(
+                tx, principal, session, session.thread_id, name=session.agent_name, status=records.IDLE, now=now
+            )
+        return self._journal(session, conversation)
+
+
+class _FirstTurn:
+    """The journal of a conversation that has no session yet."""
+
+    def __init__(self, doors: Doors, books: Books, conversation: Conversation, name: str) -> None:
+        self._doors = doors
+        self._books = books
+        self._conversation = conversation
+        self._name = name
+        self._journal: SessionJournal | None = None
+
+    async def begin(self, turn_input: TurnInput) -> TurnInput:
+        self._journal = await self._doors.adopt(self._conversation, self._name, turn_input)
+        self._conversation.journal = self._journal
+        return turn_input if self._journal is None else await self._journal.begin(turn_input)
+
+    async def frame(self, frame: Frame) -> None:
+        if self._journal is not None:
+            await self._journal.frame(frame)
+
+    async def end(self, end: TurnEnd) -> None:
+        if self._journal is not None:
+            await self._journal.end(end)
+
+
+def acting(session: Session) -> Principal:
+    """The server, writing down what a session does: in its organisation and workspace, with no right of its own."""
+    return _owner_acting(session.owner)
+
+
+def _owner_acting(owner: Owner) -> Principal:
+    kind = ActorKind.API_KEY if owner.key_id else ActorKind.USER
+    return Principal(owner.org, owner.workspace, kind, owner.key_id, owner.user, Role.VIEWER, frozenset())
+
+
+async def _has_rows(tx: AsyncConnection, principal: Principal) -> bool:
+    query = sa.select(organizations.c.id).where(owned(principal, organizations))
+    return (await tx.execute(query)).first() is not None
+
+
+def _described(turn_input: TurnInput) -> dict[str, Any]:
+    """What a Messages caller runs, as an agent."""
+    blocks = turn_input.system or turn_input.spec.system or ()
+    system = "\n".join(str(block.get("text", "")) for block in blocks) or turn_input.spec.append_system_prompt
+    custom = [
+        {
+            "type": "custom",
+            "name": tool["name"],
+            "description": tool.get("description", ""),
+            "input_schema": tool["input_schema"],
+        }
+        for tool in turn_input.spec.client_tools
+    ]
+    return {
+        "id": None,
+        "type": "agent",
+        "version": None,
+        "name": "messages",
+        "description": None,
+        "system": system,
+        "model": {"id": turn_input.model, "effort": {"type": "high"}, "speed": "standard"},
+        "tools": custom,
+        "mcp_servers": [],
+        "skills": [],
+        "multiagent": None,
+    }

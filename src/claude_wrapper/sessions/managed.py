@@ -1,0 +1,321 @@
+"""Sessions as their clients see them: made, changed, spoken to, archived, deleted; and who runs them.
+
+Everything here is a transaction on the rows and the event log. What is written for a session to act on wakes its runner,
+on this replica or on the one that holds its lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final
+
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from claude_wrapper.errors import Conflict, InvalidRequest, NotFound
+from claude_wrapper.ids import EVENT, SESSION
+from claude_wrapper.sessions import records
+from claude_wrapper.sessions.doors import Doors
+from claude_wrapper.sessions.eventlog import Stored
+from claude_wrapper.sessions.journal import TURN_EVENTS, Books
+from claude_wrapper.sessions.records import CallRow, Filter, Session
+from claude_wrapper.sessions.resources.definitions import overridden
+from claude_wrapper.sessions.resources.values import Fields, merged_metadata
+from claude_wrapper.sessions.runner import Runner, RunnerSettings, lease_name
+from claude_wrapper.sessions.sessionfields import NewSession, budget_of, status_events
+from claude_wrapper.sessions.threads import note_thread
+from claude_wrapper.storage.pagination import Page, PageRequest
+from claude_wrapper.tenancy.principal import Principal
+
+log = structlog.get_logger(__name__)
+
+READ: Final = "read:sessions"
+WRITE: Final = "write:sessions"
+MAX_QUEUED: Final = 100
+"""Messages that may wait in one session."""
+
+
+class ManagedSessions:
+    """All sessions, through the eyes of one principal at a time."""
+
+    def __init__(
+        self,
+        books: Books,
+        doors: Doors,
+        settings: RunnerSettings,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+    ) -> None:
+        """`spawn` starts a task and keeps a reference to it."""
+        self.books = books
+        self.doors = doors
+        self._settings = settings
+        self._spawn = spawn
+        self._runners: dict[str, Runner] = {}
+        doors.on_change = self.wake
+
+    # The life of a session --------------------------------------------------------------------------------------------
+
+    async def create(self, principal: Principal, new: NewSession) -> Session:
+        """A session, idle; its initial events start it at once. Needs `write:sessions`."""
+        principal.require(WRITE)
+        books = self.books
+        now = books.clock.now()
+        session_id, thread = books.ids.new(SESSION), books.ids.new("sthr")
+        async with books.db.transaction() as tx:
+            await records.insert_session(tx, new.row(principal, session_id, thread, now))
+            session = await records.get_session(tx, principal, session_id)
+            await note_thread(tx, principal, session, thread, name=session.agent_name, status=records.IDLE, now=now)
+            stored = await books.log.write(tx, principal, session_id, new.initial_events, queued=True)
+        await books.log.publish(session_id, stored)
+        if stored:
+            self.start(principal, session_id)
+        return session
+
+    async def get(self, principal: Principal, session: str) -> Session:
+        """Needs `read:sessions`; raises NotFound."""
+        principal.require(READ)
+        async with self.books.db.read() as tx:
+            found = await records.get_session(tx, principal, session)
+        await self._look_after(principal, found)
+        return found
+
+    async def page(self, principal: Principal, wanted: Filter, page: PageRequest) -> Page[Session]:
+        """Needs `read:sessions`."""
+        principal.require(READ)
+        async with self.books.db.read() as tx:
+            return await records.list_sessions(tx, principal, wanted, page)
+
+    async def update(self, principal: Principal, session: str, fields: Fields) -> Session:
+        """Title, metadata, budget, and the tools and servers of an agent that does not run. Needs `write:sessions`."""
+        principal.require(WRITE)
+        fields.only("title", "metadata", "agent", "budget", "vault_ids")
+        if fields.given("vault_ids"):
+            raise InvalidRequest("cannot be changed after the session was made", field="vault_ids")
+        async with self.books.db.transaction() as tx:
+            present = await records.get_session(tx, principal, session, lock=True)
+            _require_open(present)
+            values = _changes(present, fields)
+            if not values:
+                return present
+            await records.change_session(tx, principal, session, **values)
+            shown = {name: value for name, value in values.items() if name in {"title", "metadata", "agent", "budget"}}
+            stored = await self.books.log.write(tx, principal, session, [{"type": "session.updated", **shown}])
+            changed = await records.get_session(tx, principal, session)
+        await self.books.log.publish(session, stored)
+        return changed
+
+    async def archive(self, principal: Principal, session: str) -> Session:
+        """End a session; it stays readable. Doing it twice is no error. Needs `write:sessions`."""
+        principal.require(WRITE)
+        now = self.books.clock.now()
+        async with self.books.db.transaction() as tx:
+            present = await records.get_session(tx, principal, session, lock=True)
+            stored: list[Stored] = []
+            if present.archived_at is None:
+                values = {"archived_at": now, "status": records.TERMINATED, "stop_reason": None}
+                await records.change_session(tx, principal, session, **values)
+                await records.cancel_calls(tx, principal, session, now)
+                thread = {"session_thread_id": present.thread_id, "agent_name": present.agent_name}
+                events = [
+                    {"type": "session.thread_status_terminated", **thread},
+                    {"type": "session.status_terminated"},
+                ]
+                stored = await self.books.log.write(tx, principal, session, events)
+            found = await records.get_session(tx, principal, session)
+        await self.books.log.publish(session, stored)
+        await self._end(principal, found)
+        return found
+
+    async def delete(self, principal: Principal, session: str) -> None:
+        """Forget a session and everything that it said. Needs `write:sessions`."""
+        principal.require(WRITE)
+        async with self.books.db.transaction() as tx:
+            found = await records.get_session(tx, principal, session, lock=True)
+            stored = await self.books.log.write(tx, principal, session, [{"type": "session.deleted"}])
+            await records.delete_session(tx, principal, session)
+        await self.books.log.publish(session, stored)
+        await self._end(principal, found)
+
+    async def _end(self, principal: Principal, session: Session) -> None:
+        self.wake(session.id)
+        self.start(principal, session.id)  # another replica may run it
+        await self.doors.close(session)
+
+    # Speaking to it ---------------------------------------------------------------------------------------------------
+
+    async def send(self, principal: Principal, session: str, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Write checked client events and act on them; the events as they were written. Needs `write:sessions`.
+
+        Raises NotFound (also for a call that does not exist), Conflict (ended session, answered call, busy session
+        with `run_mode: reject`). All or nothing.
+        """
+        principal.require(WRITE)
+        books = self.books
+        async with books.db.transaction() as tx:
+            present = await records.get_session(tx, principal, session, lock=True)
+            _require_open(present)
+            if present.origin == records.BY_MESSAGES and not present.agent.get("model"):
+                raise Conflict(f"session {session} has had no turn yet")
+            stored = await self._take(tx, principal, present, events)
+        await books.log.publish(session, stored)
+        self.start(principal, session)
+        return [one.json() for one in stored if one.type in _ECHOED]
+
+    async def _take(
+        self, tx: AsyncConnection, principal: Principal, session: Session, events: Sequence[dict[str, Any]]
+    ) -> list[Stored]:
+        books = self.books
+        stored: list[Stored] = []
+        waiting = await books.log.queued(tx, principal, session.id, TURN_EVENTS)
+        for index, given in enumerate(events):
+            field = f"events[{index}]"
+            kind, event = given["type"], given
+            queued = False
+            if kind in {"user.message", "user.define_outcome"}:
+                queued = True
+                if len(waiting) + index >= MAX_QUEUED:
+                    raise Conflict(f"session {session.id}: {MAX_QUEUED} messages are waiting already")
+                stored += await self._run_mode(tx, principal, session, event, busy=bool(waiting))
+                event = {name: value for name, value in event.items() if name != "run_mode"}
+            elif kind in {"user.interrupt", "system.message"}:
+                queued = True
+            else:
+                event = await self._answer(tx, principal, session, event, field)
+            event = {"id": books.ids.new(EVENT), **event}
+            stored += await books.log.write(tx, principal, session.id, [event], queued=queued)
+        if any(event["type"] in _ANSWERS for event in events):
+            stored += await self._after_answers(tx, principal, session)
+        return stored
+
+    async def _run_mode(
+        self, tx: AsyncConnection, principal: Principal, session: Session, event: Mapping[str, Any], *, busy: bool
+    ) -> list[Stored]:
+        """What a message does to a session that is running."""
+        mode = event.get("run_mode", "enqueue")
+        busy = busy or session.status in {records.RUNNING, records.RESCHEDULING} or bool(session.awaited)
+        if not busy or mode == "enqueue":
+            return []
+        if mode == "reject":
+            raise Conflict(
+                f"session {session.id} is {session.status} (run_mode: reject)", details={"error_code": "session_busy"}
+            )
+        interrupt = [{"type": "user.interrupt"}]
+        return await self.books.log.write(tx, principal, session.id, interrupt, queued=True)
+
+    async def _answer(
+        self, tx: AsyncConnection, principal: Principal, session: Session, event: dict[str, Any], field: str
+    ) -> dict[str, Any]:
+        """Record a confirmation or a result; the event as it is to be written."""
+        kind = event["type"]
+        name = "custom_tool_use_id" if kind == "user.custom_tool_result" else "tool_use_id"
+        event_id = event[name]
+        call = await self._call(tx, principal, session, event_id)
+        wanted = {"user.custom_tool_result": "custom", "user.tool_confirmation": "approval"}.get(kind)
+        if call is None:
+            raise InvalidRequest(f"there is no call {event_id[:128]!r} in this session", field=f"{field}.{name}")
+        if wanted is None or call.kind != wanted:
+            raise InvalidRequest(_WRONG_CALL.get(kind, _WRONG_CALL["user.tool_result"]), field=f"{field}.{name}")
+        answer: dict[str, Any] = {key: value for key, value in event.items() if key in _ANSWER_FIELDS}
+        if wanted == "custom":
+            answer = {"content": [], "is_error": False, **answer}
+        now = self.books.clock.now()
+        if not await records.answer_call(tx, principal, session.id, event_id, answer=answer, now=now):
+            raise Conflict(
+                f"{field}.{name}: the call {event_id!r} was answered or cancelled already",
+                details={"error_code": "already_answered"},
+            )
+        if call.thread_id is not None:
+            event = {**event, "session_thread_id": call.thread_id}
+        return event
+
+    async def _call(self, tx: AsyncConnection, principal: Principal, session: Session, event_id: str) -> CallRow | None:
+        return next(iter(await records.calls_of(tx, principal, session.id, event_id=event_id)), None)
+
+    async def _after_answers(self, tx: AsyncConnection, principal: Principal, session: Session) -> list[Stored]:
+        """An idle session goes on when nothing is open any more; else it says what is."""
+        if not session.awaited:
+            return []
+        left = [call.event_id for call in await records.calls_of(tx, principal, session.id, open_only=True)]
+        reason = {"type": "requires_action", "event_ids": left} if left else None
+        status = records.IDLE if left else records.RUNNING
+        await records.change_session(tx, principal, session.id, status=status, stop_reason=reason)
+        return await self.books.log.write(tx, principal, session.id, status_events(session, reason))
+
+    # Who runs it ------------------------------------------------------------------------------------------------------
+
+    def wake(self, session: str) -> None:
+        """Something happened to a session: if it runs here, its runner looks."""
+        runner = self._runners.get(session)
+        if runner is not None:
+            runner.wake()
+
+    def start(self, principal: Principal, session: str) -> None:
+        """Let the session run if there is something to do."""
+        runner = self._runners.get(session)
+        if runner is not None:
+            runner.principal = principal
+            runner.wake()
+            return
+        runner = self._runners[session] = Runner(self.books, self.doors, self._settings, session, principal)
+        self._spawn(self._run(session, runner))
+
+    async def _run(self, session: str, runner: Runner) -> None:
+        try:
+            await runner.run()
+        except NotFound:
+            log.info("session.gone", session=session)
+        finally:
+            if self._runners.get(session) is runner:
+                del self._runners[session]
+            if runner.woken:  # between its last look and now
+                self.start(runner.principal, session)
+
+    async def _look_after(self, principal: Principal, session: Session) -> None:
+        """A session that is said to run and that nobody runs has lost its server."""
+        if session.status != records.RUNNING or session.id in self._runners:
+            return
+        if self.doors.busy(session.id) or await self.books.state.holder(lease_name(session.id)) is not None:
+            return
+        self.start(principal, session.id)
+
+
+_ANSWER_FIELDS: Final = frozenset({"content", "is_error", "result", "deny_message"})
+_ANSWERS: Final = frozenset({"user.tool_confirmation", "user.custom_tool_result", "user.tool_result"})
+_ECHOED: Final = _ANSWERS | {"user.message", "user.interrupt", "user.define_outcome", "system.message"}
+_WRONG_CALL: Final[Mapping[str, str]] = {
+    "user.custom_tool_result": "is not a call of a custom tool",
+    "user.tool_confirmation": "is not a call that waits for a confirmation",
+    "user.tool_result": "is run by the server: results are taken for self-hosted environments alone",
+}
+
+
+def _require_open(session: Session) -> None:
+    if session.ended:
+        state = "archived" if session.archived_at is not None else session.status
+        raise Conflict(
+            f"session {session.id} is {state} and takes no changes or events",
+            details={"error_code": "session_archived" if state == "archived" else "session_terminated"},
+        )
+
+
+def _changes(present: Session, fields: Fields) -> dict[str, Any]:
+    """The columns that an update sets."""
+    values: dict[str, Any] = {}
+    if fields.has("title"):
+        values["title"] = fields.maybe_text("title", most=512)
+    if fields.given("metadata"):
+        values["metadata"] = merged_metadata(present.metadata, fields.object("metadata"))
+    if fields.has("budget"):
+        if present.budget is None and fields.given("budget"):
+            raise InvalidRequest("cannot be added after the session was made", field="budget")
+        values["budget"] = budget_of(fields)
+    if fields.given("agent"):
+        if present.status == records.RUNNING or present.awaited:
+            raise Conflict(f"session {present.id} is running: its agent can be changed once it is idle")
+        values["agent"] = _agent_with(present, fields.object("agent"))
+    return values
+
+
+def _agent_with(present: Session, fields: Fields) -> Mapping[str, Any]:
+    return overridden(present.agent, fields.only("tools", "mcp_servers"))

@@ -1,0 +1,324 @@
+"""The rows of sessions, their pending calls and their transcripts. Plain functions over a transaction.
+
+Who may see a session: everybody of its organisation (and workspace) who holds the scope; a conversation that was made
+through `/v1/messages` belongs to the key that made it alone, as it does there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from claude_wrapper.errors import NotFound
+from claude_wrapper.sessions.eventlog import rfc3339
+from claude_wrapper.sessions.spec import Message, Owner
+from claude_wrapper.storage.dialects import for_update, upsert
+from claude_wrapper.storage.pagination import Page, PageRequest, fetch_page
+from claude_wrapper.storage.tables.sessions import session_calls, session_messages, sessions
+from claude_wrapper.tenancy.principal import Principal, owned
+from claude_wrapper.wire.managed import Call
+
+IDLE: Final = "idle"
+RUNNING: Final = "running"
+RESCHEDULING: Final = "rescheduling"
+TERMINATED: Final = "terminated"
+STATUSES: Final = frozenset({IDLE, RUNNING, RESCHEDULING, TERMINATED})
+
+BY_SESSIONS: Final = "sessions"
+BY_MESSAGES: Final = "messages"
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One session as it is stored."""
+
+    id: str
+    org_id: str
+    workspace_id: str | None
+    actor_id: str
+    key_id: str | None
+    user_id: str | None
+    origin: str
+    name: str | None
+    status: str
+    stop_reason: Mapping[str, Any] | None
+    title: str | None
+    agent_id: str | None
+    agent_version: int | None
+    agent: Mapping[str, Any]
+    environment_id: str | None
+    environment: Mapping[str, Any] | None
+    vault_ids: Sequence[str]
+    metadata: Mapping[str, str]
+    budget: Mapping[str, Any] | None
+    outcomes: Sequence[Mapping[str, Any]]
+    usage: Mapping[str, Any]
+    thread_id: str
+    last_seq: int
+    active_ms: int
+    created_at: datetime
+    updated_at: datetime
+    archived_at: datetime | None
+    version: int
+
+    @property
+    def owner(self) -> Owner:
+        """Whose conversation it is at the Messages door."""
+        return Owner(self.org_id, self.actor_id, self.workspace_id, self.key_id, self.user_id)
+
+    @property
+    def agent_name(self) -> str:
+        return str(self.agent.get("name") or "agent")
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """Events that the session waits for the client to answer."""
+        reason = self.stop_reason or {}
+        return tuple(reason.get("event_ids", ())) if reason.get("type") == "requires_action" else ()
+
+    @property
+    def ended(self) -> bool:
+        return self.status == TERMINATED or self.archived_at is not None
+
+    def to_wire(self, now: datetime, resources: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """The API's object."""
+        ended = self.archived_at or now
+        return {
+            "id": self.id,
+            "type": "session",
+            "status": self.status,
+            "title": self.title,
+            "agent": self.agent,
+            "environment_id": self.environment_id,
+            "vault_ids": list(self.vault_ids),
+            "resources": list(resources),
+            "metadata": self.metadata,
+            "outcome_evaluations": list(self.outcomes),
+            "budget": self.budget,
+            "deployment_id": None,
+            "stats": {
+                "active_seconds": round(self.active_ms / 1000, 3),
+                "duration_seconds": round((ended - self.created_at).total_seconds(), 3),
+            },
+            "usage": {**self.usage, "active_seconds": round(self.active_ms / 1000, 3)},
+            "created_at": rfc3339(self.created_at),
+            "updated_at": rfc3339(self.updated_at),
+            "archived_at": None if self.archived_at is None else rfc3339(self.archived_at),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which sessions a list holds; None: all."""
+
+    agent_id: str | None = None
+    agent_version: int | None = None
+    statuses: frozenset[str] = frozenset()
+    include_archived: bool = False
+    created: Mapping[str, datetime] | None = None
+    """Bounds of the creation time by gt, gte, lt, lte."""
+
+
+def visible(principal: Principal) -> sa.ColumnElement[bool]:
+    """The WHERE clause of every look at a session."""
+    theirs = owned(principal, sessions)
+    if principal.is_operator:
+        return theirs
+    own = sessions.c.actor_id == (principal.actor_id or principal.org)
+    return sa.and_(theirs, sa.or_(sessions.c.origin == BY_SESSIONS, own))
+
+
+async def insert_session(tx: AsyncConnection, values: Mapping[str, Any]) -> None:
+    """A new row; the caller gives every column without a default."""
+    await tx.execute(sa.insert(sessions).values(**values))
+
+
+async def get_session(tx: AsyncConnection, principal: Principal, session: str, *, lock: bool = False) -> Session:
+    """Raises NotFound, also for somebody else's. `lock`: nobody else changes it before this transaction ends."""
+    query = sa.select(sessions).where(visible(principal), sessions.c.id == session)
+    row = (await tx.execute(for_update(tx.dialect.name, query) if lock else query)).first()
+    if row is None:
+        raise NotFound(f"there is no session {session[:128]!r}")
+    return _session(row)
+
+
+async def find_named(tx: AsyncConnection, principal: Principal, actor: str, name: str) -> Session | None:
+    """The session that a Messages caller knows under a name of its own."""
+    query = sa.select(sessions).where(
+        owned(principal, sessions),
+        sessions.c.actor_id == actor,
+        sessions.c.name == name,
+        sessions.c.archived_at.is_(None),
+    )
+    row = (await tx.execute(query)).first()
+    return None if row is None else _session(row)
+
+
+async def list_sessions(tx: AsyncConnection, principal: Principal, wanted: Filter, page: PageRequest) -> Page[Session]:
+    """A page of sessions by creation time."""
+    query = sa.select(sessions).where(visible(principal))
+    if not wanted.include_archived:
+        query = query.where(sessions.c.archived_at.is_(None))
+    if wanted.agent_id is not None:
+        query = query.where(sessions.c.agent_id == wanted.agent_id)
+    if wanted.agent_version is not None:
+        query = query.where(sessions.c.agent_version == wanted.agent_version)
+    if wanted.statuses:
+        query = query.where(sessions.c.status.in_(sorted(wanted.statuses)))
+    for bound, at in (wanted.created or {}).items():
+        query = query.where(COMPARE[bound](sessions.c.created_at, at))
+    return await fetch_page(tx, query, (sessions.c.created_at, sessions.c.id), page, _session)
+
+
+async def change_session(tx: AsyncConnection, principal: Principal, session: str, **values: Any) -> None:
+    """Set columns."""
+    await tx.execute(
+        sa.update(sessions)
+        .where(owned(principal, sessions), sessions.c.id == session)
+        .values(version=sessions.c.version + 1, **values)
+    )
+
+
+async def delete_session(tx: AsyncConnection, principal: Principal, session: str) -> None:
+    """The row and everything that hangs on it."""
+    await tx.execute(sa.delete(sessions).where(owned(principal, sessions), sessions.c.id == session))
+
+
+def _session(row: Any) -> Session:
+    return Session(**row._mapping)  # noqa: SLF001 (SQLAlchemy's public name for it)
+
+
+COMPARE: Final = {
+    "gt": lambda column, at: column > at,
+    "gte": lambda column, at: column >= at,
+    "lt": lambda column, at: column < at,
+    "lte": lambda column, at: column <= at,
+}
+
+# Calls ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CallRow:
+    """A tool call of the session's agent."""
+
+    event_id: str
+    tool_use_id: str
+    kind: str
+    """custom, approval or tool."""
+    thread_id: str | None
+    answer: Mapping[str, Any] | None
+    """custom: `{content, is_error}`; approval: `{result, deny_message?}`; `output` once the server ran it;
+    `{cancelled: true}` when nobody will answer any more."""
+    answered_at: datetime | None
+
+
+async def add_calls(tx: AsyncConnection, principal: Principal, session: str, calls: Sequence[Call]) -> None:
+    """Note calls that were published."""
+    if calls:
+        rows = [
+            {
+                "session_id": session,
+                "org_id": principal.org,
+                "event_id": call.event_id,
+                "tool_use_id": call.tool_use_id,
+                "kind": call.kind,
+                "thread_id": call.thread_id,
+            }
+            for call in calls
+        ]
+        await tx.execute(sa.insert(session_calls), rows)
+
+
+async def calls_of(
+    tx: AsyncConnection, principal: Principal, session: str, *, event_id: str | None = None, open_only: bool = False
+) -> list[CallRow]:
+    """The calls of a session: all, one, or those that the client owes an answer."""
+    table = session_calls
+    columns = (
+        table.c.event_id,
+        table.c.tool_use_id,
+        table.c.kind,
+        table.c.thread_id,
+        table.c.answer,
+        table.c.answered_at,
+    )
+    query = sa.select(*columns).where(owned(principal, table), table.c.session_id == session)
+    if event_id is not None:
+        query = query.where(table.c.event_id == event_id)
+    if open_only:
+        query = query.where(table.c.answered_at.is_(None), table.c.kind != "tool")
+    return [CallRow(*row) for row in (await tx.execute(query)).all()]
+
+
+async def answer_call(
+    tx: AsyncConnection, principal: Principal, session: str, event_id: str, *, answer: Mapping[str, Any], now: datetime
+) -> bool:
+    """Record the client's answer; False if there is one already."""
+    changed = await tx.execute(
+        sa.update(session_calls)
+        .where(owned(principal, session_calls), session_calls.c.session_id == session)
+        .where(session_calls.c.event_id == event_id, session_calls.c.answered_at.is_(None))
+        .values(answer=dict(answer), answered_at=now)
+    )
+    return bool(changed.rowcount)
+
+
+async def set_output(
+    tx: AsyncConnection, principal: Principal, session: str, call: CallRow, *, output: Mapping[str, Any], now: datetime
+) -> None:
+    """The server ran this call: it is not run again, whatever happens."""
+    await tx.execute(
+        sa.update(session_calls)
+        .where(owned(principal, session_calls), session_calls.c.session_id == session)
+        .where(session_calls.c.event_id == call.event_id)
+        .values(answer={**(call.answer or {}), "output": dict(output)}, answered_at=call.answered_at or now)
+    )
+
+
+async def cancel_calls(tx: AsyncConnection, principal: Principal, session: str, now: datetime) -> None:
+    """Nobody will answer what is open."""
+    await tx.execute(
+        sa.update(session_calls)
+        .where(owned(principal, session_calls), session_calls.c.session_id == session)
+        .where(session_calls.c.answered_at.is_(None))
+        .values(answer={"cancelled": True}, answered_at=now)
+    )
+
+
+# Transcript ----------------------------------------------------------------------------------------------------------
+
+
+async def save_message(
+    tx: AsyncConnection, principal: Principal, session: str, position: int, message: Message, *, model: str = ""
+) -> None:
+    """Write (or write again, as it grows) one message of the conversation as the model knows it."""
+    body = msgspec.json.encode(message.content)
+    keys = {"session_id": session, "position": position}
+    values = {"org_id": principal.org, "role": message.role, "model": model, "body": body}
+    statement = upsert(
+        tx.dialect.name, session_messages, tuple(keys), {"role": message.role, "model": model, "body": body}
+    )
+    await tx.execute(statement.values(**keys, **values))
+
+
+async def load_messages(tx: AsyncConnection, principal: Principal, session: str) -> list[Message]:
+    """The conversation, in order."""
+    table = session_messages
+    query = sa.select(table.c.role, table.c.body).where(owned(principal, table), table.c.session_id == session)
+    rows = (await tx.execute(query.order_by(table.c.position))).all()
+    return [Message(row.role, msgspec.json.decode(row.body)) for row in rows]
+
+
+async def cut_messages(tx: AsyncConnection, principal: Principal, session: str, position: int) -> None:
+    """Forget the messages from this position on."""
+    table = session_messages
+    await tx.execute(
+        sa.delete(table).where(owned(principal, table), table.c.session_id == session, table.c.position >= position)
+    )

@@ -1,0 +1,442 @@
+"""Runs one session on this replica, as long as there is something to do.
+
+Everything that a client wants is in the event log before anybody acts on it: the runner takes messages from there in
+order, and on the way looks for interrupts and answers. So it does not matter which replica took the request, and after a
+restart the next look into the log finds what was left: a queue, or a turn whose calls have their answers now, which goes
+on in a fresh process that says the last model message again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol
+
+import structlog
+
+from claude_wrapper.broker.calls import Credential, CredentialKind
+from claude_wrapper.errors import Conflict, NotFound, WrapperError
+from claude_wrapper.sessions import records
+from claude_wrapper.sessions.agentspec import ASK, DENY, Setup
+from claude_wrapper.sessions.conversation import Conversation
+from claude_wrapper.sessions.eventlog import Stored
+from claude_wrapper.sessions.journal import TURN_EVENTS, Books, SessionJournal
+from claude_wrapper.sessions.leg import Leg
+from claude_wrapper.sessions.records import CallRow, Session
+from claude_wrapper.sessions.spec import Message, OnDisconnect, TurnInput
+from claude_wrapper.sessions.transcript import client_view, next_turn, resumption
+from claude_wrapper.storage.state import Subscription
+from claude_wrapper.storage.state.heartbeat import HeldLease, holding
+from claude_wrapper.tenancy.principal import Principal
+from claude_wrapper.wire.managed import END_TURN, EXHAUSTED, error_event
+
+log = structlog.get_logger(__name__)
+
+LEASE_SECONDS: Final = 30.0
+INTERRUPTS: Final = ("user.interrupt",)
+_RAN: Final = "This call ran before the session was moved to another process. Its result was:\n"
+
+
+def lease_name(session: str) -> str:
+    """Who runs a session holds this lease."""
+    return f"session/{session}"
+
+
+def wake_channel(session: str) -> str:
+    """Tells the replica that runs a session to look into its log."""
+    return f"session/{session}/wake"
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerSettings:
+    """How turns are run."""
+
+    turn_seconds: float
+    parked_seconds: float
+    """How long a process waits for the client; after that it is given up, and the answer starts another."""
+    replica: str
+    """This process's name among the replicas."""
+
+
+class Host(Protocol):
+    """What a runner asks of the sessions that it belongs to."""
+
+    async def open(self, session: Session) -> tuple[Conversation, SessionJournal]:
+        """The session's conversation, restored if it must be."""
+        ...
+
+    async def credential(self, principal: Principal) -> Credential:
+        """What the session's model requests are made with. Raises CredentialMissing."""
+        ...
+
+    def setup(self, session: Session, credential: Credential) -> Setup:
+        """The agent's set-up. Raises PermissionDenied."""
+        ...
+
+
+class Runner:
+    """One session's turns. `wake` whenever something was written for it."""
+
+    def __init__(self, books: Books, host: Host, settings: RunnerSettings, session: str, principal: Principal) -> None:
+        """`principal` is who asked: the turns are theirs, and so is the upstream credential."""
+        self.principal = principal
+        self._books = books
+        self._host = host
+        self._settings = settings
+        self._session = session
+        self._woken = asyncio.Event()
+        self._answers: dict[str, asyncio.Future[Mapping[str, Any]]] = {}
+        self._delivered: set[str] = set()
+        self._ran: dict[str, Mapping[str, Any]] = {}
+
+    @property
+    def woken(self) -> bool:
+        """Somebody called and it has not looked yet."""
+        return self._woken.is_set()
+
+    def wake(self) -> None:
+        """Look into the log."""
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Work until there is nothing to do; returns at once when another replica runs the session."""
+        state = self._books.state
+        while True:
+            async with holding(
+                state, self._books.clock, lease_name(self._session), self._settings.replica, ttl=LEASE_SECONDS
+            ) as held:
+                if held is None:
+                    await state.publish(wake_channel(self._session), b"")
+                    return
+                async with state.subscribe(wake_channel(self._session)) as calls, _following(calls, self.wake):
+                    await self._work(held)
+            # Something may have been written while the lease was being given back, when its writer saw it held.
+            if held.lost.is_set() or not await self._pending():
+                return
+
+    async def _pending(self) -> bool:
+        async with self._books.db.read() as tx:
+            return bool(await self._books.log.queued(tx, self.principal, self._session, (*TURN_EVENTS, *INTERRUPTS)))
+
+    async def _work(self, held: HeldLease) -> None:
+        while not held.lost.is_set():
+            self._woken.clear()
+            if not await self._step(held) and not self._woken.is_set():
+                return
+
+    # One step ---------------------------------------------------------------------------------------------------------
+
+    async def _step(self, held: HeldLease) -> bool:
+        """Do the next thing; False when there is none."""
+        books, principal = self._books, self.principal
+        try:
+            async with books.db.read() as tx:
+                session = await records.get_session(tx, principal, self._session)
+                queue = await books.log.queued(tx, principal, self._session, (*TURN_EVENTS, "system.message"))
+                interrupts = await books.log.queued(tx, principal, self._session, INTERRUPTS)
+                calls = await records.calls_of(tx, principal, self._session)
+        except NotFound:
+            return False
+        if session.ended:
+            return False
+        conversation, journal = await self._host.open(session)
+        if conversation.awaiting_tools and not session.awaited:
+            await self._answer_parked(conversation, calls)
+            return False
+        if conversation.busy:
+            if interrupts:
+                await self._interrupt(conversation, journal, interrupts)
+            return False  # a turn of the other door; its journal wakes us
+        if interrupts:
+            await self._interrupt_idle(session, journal, interrupts)
+            return True
+        if session.awaited:
+            return False
+        if session.status == records.RUNNING and await self._resume(session, journal, conversation, held, calls):
+            return True
+        queue = [one for one in queue if one.type in TURN_EVENTS or queue[0].type in TURN_EVENTS]
+        if not queue:
+            if session.status == records.RUNNING:
+                await self._lost(journal)
+            return False
+        await self._next(session, journal, conversation, held, queue)
+        return True
+
+    async def _next(
+        self,
+        session: Session,
+        journal: SessionJournal,
+        conversation: Conversation,
+        held: HeldLease,
+        queue: Sequence[Stored],
+    ) -> None:
+        """Answer the first message of the queue, with the system message that came with it."""
+        taken = [queue[0]]
+        if len(queue) > 1 and queue[1].type == "system.message":
+            taken.append(queue[1])
+        async with self._books.db.read() as tx:
+            messages = await records.load_messages(tx, self.principal, self._session)
+        content = [block for one in taken for block in _content_of(one.json())]
+        asked = next_turn(messages, content)
+        journal.taking = taken
+        await self._turn(session, journal, conversation, held, content=asked.content, past=asked.history)
+
+    async def _resume(
+        self,
+        session: Session,
+        journal: SessionJournal,
+        conversation: Conversation,
+        held: HeldLease,
+        calls: Sequence[CallRow],
+    ) -> bool:
+        """Go on with a turn whose process is gone and whose calls are answered; False when there is none."""
+        async with self._books.db.read() as tx:
+            messages = await records.load_messages(tx, self.principal, self._session)
+        found = resumption(messages)
+        if found is None:
+            return False
+        said = {str(block.get("id")) for block in found.replayed if block.get("type") == "tool_use"}
+        ours = [call for call in calls if call.tool_use_id in said]
+        if any("cancelled" in (call.answer or {}) for call in ours) or not any(call.kind != "tool" for call in ours):
+            return False
+        async with self._books.db.transaction() as tx:
+            await records.cut_messages(tx, self.principal, self._session, found.position + 1)
+        self._ran = {
+            call.tool_use_id: call.answer["output"] for call in ours if call.answer and "output" in call.answer
+        }
+        self._delivered.clear()
+        self._answers.clear()
+        await self._turn(
+            session,
+            journal,
+            conversation,
+            held,
+            content=found.content,
+            past=found.history,
+            replay=found.replayed,
+        )
+        return True
+
+    async def _turn(
+        self,
+        session: Session,
+        journal: SessionJournal,
+        conversation: Conversation,
+        held: HeldLease,
+        *,
+        content: str | list[dict[str, Any]],
+        past: Sequence[Message],
+        replay: list[dict[str, Any]] | None = None,
+    ) -> None:
+        try:
+            credential = await self._host.credential(self.principal)
+            made = self._host.setup(session, credential)
+        except WrapperError as error:
+            await self._refuse(journal, error)
+            return
+        spec = made.spec
+        if replay is not None and self._ran:
+            # What has run already must be asked about, so that it does not run again.
+            names = {str(block.get("name")) for block in replay if str(block.get("id")) in self._ran}
+            spec = replace(spec, asked_tools=spec.asked_tools | names)
+        turn_input = TurnInput(
+            content=content,
+            model=made.model,
+            credential=credential,
+            spec=spec,
+            history=client_view(past),
+            past=past,
+            system=made.system,
+            overrides=made.overrides if credential.kind is CredentialKind.API_KEY else {},
+            on_disconnect=OnDisconnect.CONTINUE,
+            turn_seconds=self._settings.turn_seconds,
+            approve=self._approver(made),
+            durable=True,
+            replay=replay,
+        )
+        leg = conversation.submit(turn_input)
+        attending = asyncio.get_running_loop().create_task(self._attend(conversation, journal, leg, held))
+        try:
+            with contextlib.suppress(WrapperError):  # the journal has written what went wrong
+                async for _ in leg.items():
+                    pass
+            await conversation.settled()
+        finally:
+            attending.cancel()
+            await asyncio.wait({attending})
+            self._answers.clear()
+            self._delivered.clear()
+            self._ran = {}
+
+    # While a turn runs ------------------------------------------------------------------------------------------------
+
+    async def _attend(self, conversation: Conversation, journal: SessionJournal, leg: Leg, held: HeldLease) -> None:
+        """Hand over what the client sends during the turn; give the process up when it waits too long."""
+        waiting = False
+        self._woken.set()
+        while True:
+            try:
+                async with asyncio.timeout(self._settings.parked_seconds if waiting else None):
+                    await self._woken.wait()
+            except TimeoutError:
+                log.info("turn.suspended", session=self._session, reason="no answer of the client")
+                await conversation.suspend()
+                waiting = False
+                continue
+            self._woken.clear()
+            if held.lost.is_set():
+                await conversation.suspend()
+            async with self._books.db.read() as tx:
+                session = await records.get_session(tx, self.principal, self._session)
+                interrupts = await self._books.log.queued(tx, self.principal, self._session, INTERRUPTS)
+                calls = await records.calls_of(tx, self.principal, self._session)
+            self._deliver(conversation, calls)
+            if waiting and not session.awaited:
+                conversation.allow_seconds(self._settings.turn_seconds)
+            waiting = bool(session.awaited)
+            if session.ended:
+                await self._stop(conversation, journal, leg)
+            elif interrupts:
+                await self._interrupt(conversation, journal, interrupts)
+                if not leg.started.done():
+                    leg.hang_up()
+
+    async def _stop(self, conversation: Conversation, journal: SessionJournal, leg: Leg) -> None:
+        journal.interrupted = True
+        if not leg.started.done():
+            leg.hang_up()
+        with contextlib.suppress(WrapperError):
+            await conversation.interrupt()
+
+    def _deliver(self, conversation: Conversation, calls: Sequence[CallRow]) -> None:
+        for call in calls:
+            if call.answer is None or call.tool_use_id in self._delivered or call.kind == "tool":
+                continue
+            self._delivered.add(call.tool_use_id)
+            if call.kind == "custom":
+                given = call.answer.get("output", call.answer)
+                conversation.answer_calls([{"tool_use_id": call.tool_use_id, **given}])
+            else:
+                future = self._future(call.tool_use_id)
+                if not future.done():
+                    future.set_result(call.answer)
+
+    def _future(self, tool_use_id: str) -> asyncio.Future[Mapping[str, Any]]:
+        if tool_use_id not in self._answers:
+            self._answers[tool_use_id] = asyncio.get_running_loop().create_future()
+        return self._answers[tool_use_id]
+
+    def _approver(self, made: Setup) -> Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]:
+        async def approve(request: dict[str, Any]) -> dict[str, Any]:
+            tool_use_id, name = str(request.get("tool_use_id")), str(request.get("tool_name"))
+            if tool_use_id in self._ran:
+                return {"behavior": "deny", "message": _RAN + _text_of(self._ran[tool_use_id])}
+            verdict = made.decide(name, request.get("input"))
+            if verdict == DENY:
+                return {"behavior": "deny", "message": f"The tool {name} is not enabled for this agent."}
+            if verdict == ASK:
+                answer = await asyncio.shield(self._future(tool_use_id))
+                if answer.get("result") != "allow":
+                    reason = answer.get("deny_message") or "The user does not allow this call."
+                    return {"behavior": "deny", "message": str(reason)}
+            return {"behavior": "allow", "updatedInput": request.get("input", {})}
+
+        return approve
+
+    # Interrupts and losses --------------------------------------------------------------------------------------------
+
+    async def _interrupt(
+        self, conversation: Conversation, journal: SessionJournal, interrupts: Sequence[Stored]
+    ) -> None:
+        async with self._books.db.transaction() as tx:
+            await self._books.log.processed(tx, self.principal, self._session, interrupts)
+        journal.interrupted = True
+        with contextlib.suppress(WrapperError):
+            await conversation.interrupt()
+
+    async def _interrupt_idle(self, session: Session, journal: SessionJournal, interrupts: Sequence[Stored]) -> None:
+        """Nothing runs here: an interrupt only ends the wait for the client's answers."""
+        books = self._books
+        stored: list[Stored] = []
+        async with books.db.transaction() as tx:
+            await books.log.processed(tx, self.principal, self._session, interrupts)
+            if session.awaited:
+                await records.cancel_calls(tx, self.principal, self._session, books.clock.now())
+                await records.change_session(
+                    tx, self.principal, self._session, status=records.IDLE, stop_reason=dict(END_TURN)
+                )
+                stored = await books.log.write(tx, self.principal, self._session, journal.idle_events(END_TURN))
+        await books.log.publish(self._session, stored)
+
+    async def _answer_parked(self, conversation: Conversation, calls: Sequence[CallRow]) -> None:
+        """A turn of the Messages door waits for its caller's tools, and the results came through this one."""
+        waiting = conversation.awaiting_tools
+        results = [
+            {"type": "tool_result", "tool_use_id": call.tool_use_id, **(call.answer or {})}
+            for call in calls
+            if call.tool_use_id in waiting and call.answer is not None
+        ]
+        if len(results) < len(waiting):
+            return
+        with contextlib.suppress(Conflict):
+            leg = conversation.answer_parked(results)
+            with contextlib.suppress(WrapperError):
+                async for _ in leg.items():
+                    pass
+
+    async def _lost(self, journal: SessionJournal) -> None:
+        """The log says that a turn runs, and none does: its server died."""
+        message = "The server that ran this turn stopped before it ended. What was said until then is kept."
+        await self._close(journal, error_event("unknown_error", message))
+
+    async def _refuse(self, journal: SessionJournal, error: WrapperError) -> None:
+        """The turn cannot be run at all: its message is answered with the error."""
+        books = self._books
+        async with books.db.transaction() as tx:
+            await books.log.processed(tx, self.principal, self._session, journal.taking)
+        journal.taking = ()
+        await self._close(journal, error_event("unknown_error", error.message))
+
+    async def _close(self, journal: SessionJournal, error: Mapping[str, Any]) -> None:
+        books = self._books
+        events = [{"type": "session.error", "error": dict(error)}, *journal.idle_events(EXHAUSTED)]
+        async with books.db.transaction() as tx:
+            await records.cancel_calls(tx, self.principal, self._session, books.clock.now())
+            await records.change_session(
+                tx, self.principal, self._session, status=records.IDLE, stop_reason=dict(EXHAUSTED)
+            )
+            stored = await books.log.write(tx, self.principal, self._session, events)
+        await books.log.publish(self._session, stored)
+
+
+def _content_of(event: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a client's event says to the model."""
+    content: list[dict[str, Any]] = list(event.get("content") or ())
+    if event["type"] == "system.message":
+        text = "\n".join(str(block.get("text", "")) for block in content)
+        return [{"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}]
+    if event["type"] == "user.define_outcome":
+        rubric = event["rubric"]
+        asked = rubric.get("content") or f"(the file {rubric.get('file_id')})"
+        return [{"type": "text", "text": f"{event['description']}\n\nThe result is judged by:\n{asked}"}]
+    return content
+
+
+def _text_of(output: Mapping[str, Any]) -> str:
+    return "\n".join(str(block.get("text", block)) for block in output.get("content", ()))
+
+
+@contextlib.asynccontextmanager
+async def _following(calls: Subscription, wake: Callable[[], None]) -> AsyncIterator[None]:
+    async def follow() -> None:
+        async for _ in calls:
+            wake()
+
+    task = asyncio.get_running_loop().create_task(follow())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
