@@ -90,8 +90,7 @@ async def test_images_and_documents_reach_the_model_unchanged(client: AsyncAnthr
     )
     user = next(one for one in server.upstream.calls[-1].body["messages"] if one["role"] == "user")
     sent = [{name: value for name, value in block.items() if name != "cache_control"} for block in user["content"]]
-    assert image in sent
-    assert document in sent
+    assert sent == [image, document, {"type": "text", "text": "look"}]
 
 
 async def test_thinking_is_streamed_and_returned(client: AsyncAnthropic, server: Running) -> None:

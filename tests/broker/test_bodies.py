@@ -184,3 +184,12 @@ def test_unknown_fields_arrive_as_they_were(extra: dict[str, Any], spaced: bool)
     raw = json.dumps(sent, indent=2).encode() if spaced else encoded(sent)
     out = json.loads(bodies.rewrite(bodies.read(raw), turn(overrides={"max_tokens": 1}), KEY).body)
     assert out == extra | {"model": MODEL, "stream": True, "max_tokens": 1}
+
+
+def test_what_the_cli_adds_to_images_is_taken_out_again() -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
+    note = {"type": "text", "text": "[Image: source: /tmp/claude-0/-work/x/images/1.png]", "cache_control": EPHEMERAL}
+    sent = body(messages=[{"role": "user", "content": [image, {"type": "text", "text": "look\n"}, note]}])
+    out = bodies.rewrite(bodies.read(encoded(sent)), turn(), KEY)
+    content = json.loads(out.body)["messages"][0]["content"]
+    assert content == [image, {"type": "text", "text": "look", "cache_control": EPHEMERAL}]

@@ -64,6 +64,11 @@ AGENT = LaunchProfile("agent", bare=False, tools=None, auth=Auth.API_KEY)
 AGENT_OAUTH = LaunchProfile("agent", bare=False, tools=None, auth=Auth.OAUTH)
 
 
+def agent_profile(tools: tuple[str, ...], auth: Auth = Auth.API_KEY) -> LaunchProfile:
+    """The profile of agents with these built-in tools; equal for equal tools, so that spares can wait for them."""
+    return LaunchProfile("agent", bare=False, tools=tools, auth=auth)
+
+
 @dataclass(frozen=True, slots=True)
 class LaunchSpec:
     """One process to be started. Paths are as the process sees them."""

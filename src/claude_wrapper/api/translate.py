@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from claude_wrapper.agent.launch import CHAT, CHAT_OAUTH, Auth, LaunchProfile
+from claude_wrapper.agent.launch import CHAT, CHAT_OAUTH, Auth, LaunchProfile, agent_profile
 from claude_wrapper.api.state import Deps
 from claude_wrapper.broker.calls import Credential, CredentialKind
 from claude_wrapper.errors import InvalidRequest, PermissionDenied
@@ -147,7 +147,7 @@ def _permission_mode(agent: AgentOptions | None, policy: SecurityPolicy) -> str:
 def _profile(tools: tuple[str, ...], *, oauth: bool) -> LaunchProfile:
     if not tools:
         return CHAT_OAUTH if oauth else CHAT
-    return LaunchProfile("agent", bare=False, tools=tools, auth=Auth.OAUTH if oauth else Auth.API_KEY)
+    return agent_profile(tools, Auth.OAUTH if oauth else Auth.API_KEY)
 
 
 def _client_tools(tools: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:

@@ -7,8 +7,10 @@ fields are ever touched; everything else is carried as the bytes that came.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -22,6 +24,8 @@ SYSTEM_PLACEHOLDER = "claude-wrapper:system-placeholder"
 MAX_CACHE_BREAKPOINTS = 4
 """More `cache_control` marks than this are an error of the Messages API."""
 
+_IMAGE_NOTE_BYTES = b"[Image: source: /tmp/claude-"
+_IMAGE_NOTE = re.compile(r"\[Image: source: /tmp/claude-[^\]\s]*\]")
 _PLACEHOLDER_BYTES = SYSTEM_PLACEHOLDER.encode()
 _FIELDS: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -90,6 +94,8 @@ def rewrite(body: Body, turn: TurnContext | None, kind: CredentialKind, *, repea
     changes: dict[str, Any] = {}
     if carries:
         changes["system"] = _system(body, turn.system if turn else None)
+        if (messages := _without_image_notes(body.fields.get("messages"))) is not None:
+            changes["messages"] = messages
     if main and turn is not None and turn.overrides:
         changes.update(turn.overrides)
         _keep_consistent(body, changes)
@@ -152,6 +158,37 @@ def _system(body: Body, replacement: list[dict[str, Any]] | None) -> list[Any] |
             out.append(block)
     elsewhere = sum(_marks(body.fields.get(name)) for name in ("messages", "tools"))
     return _bounded_marks(out, MAX_CACHE_BREAKPOINTS - elsewhere) or None
+
+
+def _without_image_notes(raw: msgspec.Raw | None) -> list[Any] | None:
+    """The messages without what the CLI adds to a user's images, or None when there is nothing of it.
+
+    For each image it appends a text block with the path of its own copy, and a newline to the text after the image
+    (seen with 2.1.327). A chat process stands for a plain model, which is asked what the caller asked.
+    """
+    if raw is None or _IMAGE_NOTE_BYTES not in bytes(raw):
+        return None
+    messages = msgspec.json.decode(raw)
+    for message in messages:
+        content = message.get("content")
+        if message.get("role") != "user" or not isinstance(content, list):
+            continue
+        notes = [block for block in content if _is_image_note(block)]
+        if not notes:
+            continue
+        kept = [block for block in content if not _is_image_note(block)]
+        for before, block in pairwise(kept):
+            text = block.get("text")
+            if before.get("type") == "image" and isinstance(text, str) and text.endswith("\n"):
+                block["text"] = text[:-1]
+        if "cache_control" in notes[-1] and kept:
+            kept[-1].setdefault("cache_control", notes[-1]["cache_control"])
+        message["content"] = kept
+    return list(messages)
+
+
+def _is_image_note(block: Any) -> bool:
+    return isinstance(block, dict) and block.get("type") == "text" and bool(_IMAGE_NOTE.fullmatch(str(block["text"])))
 
 
 def _marks(raw: msgspec.Raw | None) -> int:
