@@ -92,8 +92,8 @@ async def create_memory(
     content = _content(fields.data.get("content", None), fields.at("content"))
     await locked_store(tx, principal, store_id)
     await _require_free(tx, principal, store_id, path)
-    counted = sa.select(sa.func.count()).select_from(memories)
-    total = await tx.execute(counted.where(owned(principal, memories), memories.c.store_id == store_id))
+    counted = sa.select(sa.func.count(memories.c.id)).where(owned(principal, memories), memories.c.store_id == store_id)
+    total = await tx.execute(counted)
     if (total.scalar() or 0) >= MAX_MEMORIES:
         raise InvalidRequest(f"a memory store has at most {MAX_MEMORIES} memories")
     memory_id, now = scribe.ids.new(MEMORY), scribe.now()

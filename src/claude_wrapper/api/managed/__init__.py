@@ -1,0 +1,1 @@
+"""The Managed Agents API: agents, environments, sessions and what they are made of."""

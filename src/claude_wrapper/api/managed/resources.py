@@ -1,0 +1,18 @@
+"""All routes of what sessions are made of."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.routing import Route
+
+from claude_wrapper.api.managed import agents, environments, files, memory, skills, vaults
+
+RESOURCE_ROUTES: Final[tuple[Route, ...]] = (
+    *agents.ROUTES,
+    *environments.ROUTES,
+    *files.ROUTES,
+    *vaults.ROUTES,
+    *skills.ROUTES,
+    *memory.ROUTES,
+)
