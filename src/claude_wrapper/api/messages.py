@@ -149,9 +149,10 @@ async def _merged(leg: Leg, request_id: str) -> AsyncIterator[bytes]:
     begun = False
     try:
         async for item in leg.items():
-            if item.events:
+            events = [*item.events, *(event for more in leg.ready() for event in more.events)]
+            if events:
                 begun = True
-                yield b"".join(item.events)
+                yield b"".join(events)
     except WrapperError as error:
         if not begun:
             raise
@@ -166,7 +167,7 @@ async def _raw(leg: Leg, request_id: str) -> AsyncIterator[bytes]:
     try:
         async for item in leg.items():
             begun = True
-            yield wire_sse.encode(item.frame.type, item.frame.raw)
+            yield b"".join(wire_sse.encode(one.frame.type, one.frame.raw) for one in (item, *leg.ready()))
     except WrapperError as error:
         if not begun:
             raise
