@@ -83,7 +83,7 @@ class Connection:
         return Reply(int(head[0].split()[1]), headers, content, first, time.perf_counter() - began)
 
 
-class WrongAnswer(Exception):  # noqa: N818 (it says what it is)
+class WrongAnswer(Exception):
     """An answer that was not the right one."""
 
 

@@ -87,18 +87,18 @@ async def turns(at: Scene, found: Findings) -> None:
                 async def mine(number: int, conversation: Conversation = conversation) -> None:
                     ours.append(await conversation.ask(f"question number {number}"))
 
-                async def raw(number: int, cli: RawCli = cli) -> None:
+                async def its_own(number: int, cli: RawCli = cli) -> None:
                     its.append(await cli.turn(f"question number {number}"))
 
                 for number in range(length):
-                    await _in_turn(number, mine, raw)
+                    await _in_turn(number, mine, its_own)
                     at.progress.step("turns", block * length + number + 1, blocks * length)
                 for name, pid in pids.items():
                     cpu[name].append((exact_cpu_seconds(pid) - before[name]) / length)
-    totals = Compare.ADDED
+    added = Compare.ADDED
     found.figures += [
-        Figure("a later turn, to its end", "ms", _totals(ours), _totals(its), totals, 3.0),
-        Figure("a later turn, to its first text", "ms", _firsts(ours), _firsts(its), totals),
+        Figure("a later turn, to its end", "ms", _totals(ours), _totals(its), added, 3.0),
+        Figure("a later turn, to its first text", "ms", _firsts(ours), _firsts(its), added),
         Figure("CPU of the CLI per turn", "ms", ms(cpu["cli"]), ms(cpu["floor cli"]), Compare.RATIO),
         Figure("CPU of the server per turn", "ms", ms(cpu["server"])),
     ]
@@ -115,9 +115,11 @@ async def first_answers(at: Scene, found: Findings) -> None:
     async with contextlib.AsyncExitStack() as stack:
         # With as many processes as spares nothing is started while the answer runs; the second server starts the next
         # spare at once, on the same cores.
-        bounded = await stack.enter_async_context(at.server("bounded", spares=1, max_processes=1, idle_seconds=1))
-        refilling = await stack.enter_async_context(at.server("refilling", spares=1, idle_seconds=1))
-        cold = await stack.enter_async_context(at.server("cold", spares=0, idle_seconds=1))
+        bounded = await stack.enter_async_context(
+            at.server("bounded", spares=1, max_processes=1, idle_seconds=1, sweep_seconds=0.2)
+        )
+        refilling = await stack.enter_async_context(at.server("refilling", spares=1, idle_seconds=1, sweep_seconds=0.2))
+        cold = await stack.enter_async_context(at.server("cold", spares=0, idle_seconds=1, sweep_seconds=0.2))
         servers = {"spare": bounded, "refilling": refilling, "cold": cold}
         connections = {name: await stack.enter_async_context(Connection(running)) for name, running in servers.items()}
         for number in range(rounds):
@@ -169,10 +171,10 @@ async def first_answers(at: Scene, found: Findings) -> None:
                     await step()
             at.progress.step("first answers", number + 1, rounds)
     compare = Compare.RATIO
-    spare, refill, fresh = (_totals(seen[name]) for name in ("spare", "refilling", "cold"))
+    on_spare, refill, fresh = (_totals(seen[name]) for name in ("spare", "refilling", "cold"))
     found.figures += [
-        Figure("new caller on a spare, floor: spare", "ms", spare, _totals(raw["spare"]), compare, 1.15),
-        Figure("new caller on a spare, floor: primed spare", "ms", spare, _totals(raw["primed"]), compare, 1.3),
+        Figure("new caller on a spare, floor: spare", "ms", on_spare, _totals(raw["spare"]), compare, 1.15),
+        Figure("new caller on a spare, floor: primed spare", "ms", on_spare, _totals(raw["primed"]), compare, 1.3),
         Figure("the same, to the first text", "ms", _firsts(seen["spare"]), _firsts(raw["primed"]), compare),
         Figure(
             "new caller while the next spare starts, floor: primed spare",
@@ -231,7 +233,14 @@ async def many(at: Scene, found: Findings) -> None:
             [our_burst["seconds"]],
             [its_burst["seconds"]],
             Compare.RATIO,
-            note=f"CPU per new process, CLI and server: {our_burst['cpu_ms']:.0f} ms, floor {its_burst['cpu_ms']:.0f} ms",
+            note="spawn CPU is the limit: see the next line",
+        ),
+        Figure(
+            f"{callers} new callers at once: CPU per caller, CLI and server",
+            "ms",
+            [our_burst["cpu_ms"]],
+            [its_burst["cpu_ms"]],
+            Compare.RATIO,
         ),
         *(
             Figure(
@@ -242,6 +251,17 @@ async def many(at: Scene, found: Findings) -> None:
                 Compare.RATE,
                 0.9,
                 note=_cost_note([cost for cost in costs if cost["size"] == size]),
+            )
+            for size in sizes
+        ),
+        *(
+            Figure(
+                f"CPU per turn of all parties, {size} conversations",
+                "ms",
+                _cpu_per_turn(costs, size, "ours"),
+                _cpu_per_turn(costs, size, "floor"),
+                Compare.RATIO,
+                note="what the rates come to on a machine that does nothing else",
             )
             for size in sizes
         ),
@@ -311,6 +331,10 @@ async def _rate(
 
 async def _turn(worker: Any, text: str) -> None:
     await (worker.ask(text) if isinstance(worker, Conversation) else worker.turn(text))
+
+
+def _cpu_per_turn(costs: Sequence[dict[str, Any]], size: int, side: str) -> list[float]:
+    return [sum(one["cpu_ms_per_turn"].values()) for one in costs if one["size"] == size and one["side"] == side]
 
 
 def _cost_note(costs: Sequence[dict[str, Any]]) -> str:

@@ -20,7 +20,9 @@ async def measure(at: Scene) -> Findings:
     found = Findings()
     states: dict[str, dict[str, float]] = {}
     async with contextlib.AsyncExitStack() as stack:
-        running = await stack.enter_async_context(at.server("idle", spares=0, freeze_seconds=freeze, idle_seconds=idle))
+        running = await stack.enter_async_context(
+            at.server("idle", spares=0, freeze_seconds=freeze, idle_seconds=idle, sweep_seconds=1)
+        )
         connection = await stack.enter_async_context(Connection(running))
         sessions = [Conversation(connection, session=f"bench-{number}") for number in range(count)]
         states["empty server"] = await _cost(running.pid, [], window)
@@ -46,16 +48,16 @@ async def measure(at: Scene) -> Findings:
         back = [(await one.ask("hello from far away")).total for one in sessions[:wakes]]
     found.raw["states"] = states
     for name in ("waiting", "frozen", "hibernated"):
-        one = states[name]
+        state = states[name]
         found.figures += [
             Figure(
-                f"{count} conversations {name}: CPU", "ms/s", [one["cli_cpu_ms_per_s"] + one["server_cpu_ms_per_s"]]
+                f"{count} conversations {name}: CPU", "ms/s", [state["cli_cpu_ms_per_s"] + state["server_cpu_ms_per_s"]]
             ),
             Figure(
                 f"{count} conversations {name}: memory",
                 "MB",
-                [one["pss_mb"] + one["server_mb"]],
-                note=f"shared pages counted once; {one['rss_mb']:.0f} MB resident in the CLIs, {one['server_mb']:.0f} MB the server",
+                [state["pss_mb"] + state["server_mb"]],
+                note=f"shared pages counted once; {state['rss_mb']:.0f} MB resident in the CLIs, {state['server_mb']:.0f} MB the server",
             ),
         ]
     found.figures += [

@@ -191,7 +191,6 @@ _DEFAULTS: Mapping[str, str] = {
     "LOG_LEVEL": "error",
     "DRAIN_SECONDS": "1",
     "QUEUE_SECONDS": "180",
-    "SWEEP_SECONDS": "0.2",
     "MAX_PROCESSES": _MANY,
     "MAX_PROCESSES_PER_ORG": _MANY,
     "MAX_PROCESSES_PER_PRINCIPAL": _MANY,
