@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from claude_wrapper.errors import ConfigurationError
 
@@ -24,8 +24,11 @@ class Profile(Protocol):
 class PoolSettings:
     """Limits and times of a pool. Times are in seconds, sizes in bytes; `None` switches a bound off."""
 
-    spares: Mapping[Profile, int] = field(default_factory=dict)
-    """How many virgin processes wait per launch profile. Each costs about 120 MB; each saves a caller a cold start."""
+    spares: Mapping[Any, int] = field(default_factory=dict)
+    """How many virgin processes wait per launch profile. Each costs about 120 MB and saves one caller a cold start.
+
+    Keys are `Profile`s; the key type of a `Mapping` is invariant, hence `Any`.
+    """
     max_processes: int = 32
     """Processes of this server in all: starting, spare, bound and stopping ones."""
     max_processes_per_org: int | None = None
