@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from claude_wrapper.api import errors, messages, models, system
+from claude_wrapper.api.admin import ADMIN_ROUTES
 from claude_wrapper.api.middleware import InFlight, RequestContext
 from claude_wrapper.api.openapi import describe
 from claude_wrapper.api.state import Deps
@@ -42,6 +43,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/v1/models/{model}", models.get_model, methods=["GET"]),
     Route("/v1/pool/stats", system.pool_stats, methods=["GET"]),
     Route("/v1/security", system.security, methods=["GET"]),
+    *ADMIN_ROUTES,
 )
 
 OPEN_PATHS = frozenset(

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from claude_wrapper.api.admin import openapi as admin
 
 _ERROR: Final = {"$ref": "#/components/schemas/Error"}
 _MESSAGE: Final = {"$ref": "#/components/schemas/Message"}
@@ -281,9 +282,9 @@ def describe(app: FastAPI) -> dict[str, Any]:
             routes=app.routes,
             openapi_version="3.1.0",
         )
-        document.setdefault("paths", {}).update(_PATHS)
+        document.setdefault("paths", {}).update({**_PATHS, **admin.paths()})
         components = document.setdefault("components", {})
-        components.setdefault("schemas", {}).update(_SCHEMAS)
+        components.setdefault("schemas", {}).update({**admin.schemas(), **_SCHEMAS})
         components["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
             "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},

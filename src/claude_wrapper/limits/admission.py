@@ -116,6 +116,7 @@ class Admission:
     ) -> None:
         guard = Guard(clock, settings, counts)
         self.rules = rules
+        self.settings = settings
         self.clock = clock
         self.counts = counts
         self.rates = RateLimits(stores.rates, guard, clock, settings)

@@ -179,4 +179,6 @@ def budget_of(row: RowMapping) -> Budget:
         action=Action(row["action"]),
         alert_percents=tuple(row["alert_percents"]),
         version=row["version"],
+        created_at=row["created_at"],
+        updated_at=row["updated_at"],
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -68,6 +68,8 @@ class Budget:
     action: Action = Action.BLOCK
     alert_percents: tuple[int, ...] = (80, 100)
     version: int = 1
+    created_at: datetime | None = field(default=None, compare=False)
+    updated_at: datetime | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.cap_micros <= MOST:

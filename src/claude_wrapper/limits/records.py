@@ -63,13 +63,29 @@ async def list_limits(tx: AsyncConnection, principal: Principal) -> tuple[LimitR
 
 
 async def set_limits(
-    tx: AsyncConnection, principal: Principal, scope: Scope, subject: str, value: Limits, *, clock: Clock
+    tx: AsyncConnection,
+    principal: Principal,
+    scope: Scope,
+    subject: str,
+    value: Limits,
+    *,
+    clock: Clock,
+    expected_version: int | None = None,
 ) -> None:
-    """Replace the limits of a subject; empty limits remove the row. SESSION has none: InvalidRequest."""
+    """Replace the limits of a subject; empty limits remove the row. SESSION has none: InvalidRequest.
+
+    `expected_version` is the one that the caller read (0: there were none): Conflict if somebody changed them since.
+    """
     principal.require("write:limits")
     _reach(principal, scope, subject)
     if scope is Scope.SESSION:
         raise InvalidRequest("a session has a budget, not limits", field="scope")
+    if expected_version is not None:
+        at = sa.select(limits.c.version).where(
+            limits.c.org_id == principal.org, limits.c.scope == scope.value, limits.c.subject_id == subject
+        )
+        if (await tx.scalar(at.with_for_update()) or 0) != expected_version:
+            raise Conflict("somebody else has changed these limits; read them again")
     if not value.entries:
         same = (limits.c.org_id == principal.org, limits.c.scope == scope.value, limits.c.subject_id == subject)
         await tx.execute(sa.delete(limits).where(*same))
@@ -120,8 +136,9 @@ async def create_budget(
         cap_micros=draft.cap_micros,
         action=draft.action,
         alert_percents=draft.alert_percents,
+        created_at=(now := clock.now()),
+        updated_at=now,
     )
-    now = clock.now()
     with conflict_when_duplicate(f"this {draft.scope} has a budget per {draft.period} already: change that one"):
         await tx.execute(
             sa.insert(budgets).values(
@@ -164,12 +181,16 @@ async def change_budget(
         action=old.action if action is None else action,
         alert_percents=old.alert_percents if alert_percents is None else tuple(alert_percents),
         version=old.version + 1,
+        created_at=old.created_at,
+        updated_at=clock.now(),
     )
     expected = old.version if version is None else version
     changed = await tx.execute(
         sa.update(budgets)
         .where(budgets.c.org_id == principal.org, budgets.c.id == budget_id, budgets.c.version == expected)
-        .values(**_terms(new.cap_micros, new.action, new.alert_percents), updated_at=clock.now(), version=new.version)
+        .values(
+            **_terms(new.cap_micros, new.action, new.alert_percents), updated_at=new.updated_at, version=new.version
+        )
     )
     if changed.rowcount != 1:
         raise Conflict("somebody else has changed this budget; read it again", details={"version": old.version})

@@ -129,12 +129,31 @@ class Limits:
         value = self.entries.get(resource)
         return value if isinstance(value, int) else None
 
+    def looser_than(self, ceiling: Limits) -> Resource | None:
+        """The first resource of which these limits would let more pass than `ceiling` does; None if there is none."""
+        for resource, bound in ceiling.entries.items():
+            if bound is None or resource not in self.entries:
+                continue  # what is not said here stays at the ceiling
+            mine = self.entries[resource]
+            if mine is None:
+                return resource
+            if isinstance(bound, int):
+                if not isinstance(mine, int) or mine > bound:
+                    return resource
+            elif isinstance(mine, int) or not all(any(_within(own, rate) for own in mine) for rate in bound):
+                return resource
+        return None
+
     def to_json(self) -> dict[str, Any]:
         """The mapping that `parse` reads."""
         return {resource.value: _written(value) for resource, value in self.entries.items()}
 
 
 NO_LIMITS: Final = Limits()
+
+
+def _within(own: Rate, rate: Rate) -> bool:
+    return own.per_second <= rate.per_second and own.capacity <= rate.capacity
 
 
 def describe(rate: Rate) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import structlog
 
-from claude_wrapper.errors import InvalidRequest, NotFound
+from claude_wrapper.errors import Conflict, InvalidRequest, NotFound
 from claude_wrapper.ids import SESSION, well_formed
 from claude_wrapper.pool.slot import Reason
 from claude_wrapper.sandbox.files import remove_tree
@@ -241,6 +241,28 @@ class Conversations:
             self._forget(conversation)
             await self._rooms.pool.end_session(conversation.session)
         return len(stale)
+
+    async def erase(self, org: str) -> int:
+        """Forget all conversations of an organisation; their processes are stopped and their workspaces removed.
+
+        How many there were. Raises Conflict while a turn of it still runs: call it again.
+        """
+        mine = [one for one in self._by_session.values() if one.owner.org == org]
+        for conversation in mine:
+            resume, conversation.resume = conversation.resume, None
+            if conversation.process is not None:
+                conversation.process.primed = False  # what cannot be rewound is stopped and its directories go
+            self._forget(conversation)
+            await self._rooms.pool.end_session(conversation.session)
+            if resume is not None:
+                await _remove(resume)
+        sessions = {one.session for one in mine}
+        deadline = self._rooms.clock.monotonic() + _KEPT_SECONDS / 4
+        while any(slot.session in sessions for slot in self._rooms.pool.stats().slots):
+            if self._rooms.clock.monotonic() >= deadline:
+                raise Conflict("a turn of this organisation is still running; repeat the request when it has ended")
+            await self._rooms.clock.sleep(0.05)
+        return len(mine)
 
     def _forget(self, conversation: Conversation) -> None:
         self._unindex(conversation)

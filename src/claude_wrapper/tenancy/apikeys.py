@@ -6,6 +6,7 @@ role, its own scopes and (if it acts for a user) that user can. The secret is re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper import ids
-from claude_wrapper.errors import Conflict, InvalidRequest, NotFound
+from claude_wrapper.errors import Conflict, InvalidRequest, NotFound, PermissionDenied
 from claude_wrapper.storage.pagination import Page, PageRequest, fetch_page
 from claude_wrapper.storage.tables.tenancy import api_keys, org_members, workspaces
 from claude_wrapper.tenancy.announcements import announce_change
@@ -100,7 +101,7 @@ async def update_api_key(
         require_grantable(principal, scopes & scopes_of(before.role), what="this key these scopes")
         values["scopes"] = sorted(scopes)
     if change.allowed_models is not None:
-        values["allowed_models"] = clean_models(change.allowed_models)
+        values["allowed_models"] = _models(principal, change.allowed_models)
     if change.limits is not None:
         values["limits"] = clean_limits(change.limits)
     if change.expires_at is not None:
@@ -199,6 +200,9 @@ async def _checked(tx: AsyncConnection, principal: Principal, scribe: Scribe, sp
         if row.archived_at is not None:
             raise Conflict(f"workspace {workspace!r} is archived")
     if spec.user_id is not None:
+        if spec.user_id != principal.user_id:
+            # Such a key uses that person's own credential and budget.
+            principal.require("write:members")
         member = sa.select(org_members.c.user_id).where(
             owned(principal, org_members), org_members.c.user_id == spec.user_id
         )
@@ -212,10 +216,23 @@ async def _checked(tx: AsyncConnection, principal: Principal, scribe: Scribe, sp
         workspace_id=workspace,
         user_id=spec.user_id,
         scopes=scopes,
-        allowed_models=None if spec.allowed_models is None else clean_models(spec.allowed_models),
+        allowed_models=_models(principal, spec.allowed_models),
         limits=clean_limits(spec.limits),
         expires_at=spec.expires_at,
     )
+
+
+def _models(principal: Principal, wanted: Sequence[str] | None) -> list[str] | None:
+    """The models of a key that this principal gives out: never more than its own."""
+    if principal.allowed_models is None:
+        return None if wanted is None else clean_models(wanted)
+    if wanted is None:
+        return sorted(principal.allowed_models)
+    models = clean_models(wanted)
+    for model in models:
+        if not principal.may_use(model):  # a prefix, too, must lie within one of the principal's own
+            raise PermissionDenied(f"you cannot give the model {model!r}: your own key may not use it")
+    return models
 
 
 async def _insert(

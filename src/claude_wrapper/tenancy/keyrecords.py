@@ -33,7 +33,7 @@ class ApiKey:
     role: Role
     scopes: tuple[str, ...] | None
     allowed_models: tuple[str, ...] | None
-    limits: Mapping[str, int]
+    limits: Mapping[str, Any]
     status: KeyStatus
     is_operator: bool
     created_by_kind: str | None
@@ -65,7 +65,7 @@ class KeySpec:
     """None: all scopes of the role."""
     allowed_models: Sequence[str] | None = None
     """None: all models; names may end in `*`."""
-    limits: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
     expires_at: datetime | None = None
 
 
@@ -77,7 +77,7 @@ class KeyChange:
     status: KeyStatus | None = None
     scopes: Sequence[str] | None = None
     allowed_models: Sequence[str] | None = None
-    limits: Mapping[str, int] | None = None
+    limits: Mapping[str, Any] | None = None
     expires_at: datetime | None = None
     expected_version: int | None = None
     """The version that the editor saw; another one meanwhile is a Conflict."""

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -21,7 +22,7 @@ class ActorKind(enum.StrEnum):
     OPERATOR = "operator"
 
 
-_NO_LIMITS: Mapping[str, int] = MappingProxyType({})
+_NO_LIMITS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Principal:
     is_operator: bool = False
     is_staff: bool = False
     """Whether the organisation is the operator's own: only then may the operator's upstream credential be used."""
-    limits: Mapping[str, int] = field(default_factory=lambda: _NO_LIMITS, hash=False)
+    limits: Mapping[str, Any] = field(default_factory=lambda: _NO_LIMITS, hash=False)
     """The key's own limits, on top of those of user, workspace and organisation."""
 
     @property

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from claude_wrapper.errors import InvalidRequest
 
 MAX_NAME = 200
 MAX_MODELS = 100
 MAX_LIMITS = 32
+MAX_RATES = 4
 MAX_TAGS = 16
 _MODEL = re.compile(r"[A-Za-z0-9._:@/\-\[\]]{1,128}\*?\Z|\*\Z")
 _LIMIT = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
@@ -50,16 +52,23 @@ def clean_models(values: Sequence[str], *, field: str = "allowed_models") -> lis
     return sorted(set(values))
 
 
-def clean_limits(values: Mapping[str, int], *, field: str = "limits") -> dict[str, int]:
-    """Names to non-negative integers; what they mean is decided by `limits`."""
+def clean_limits(values: Mapping[str, Any], *, field: str = "limits") -> dict[str, Any]:
+    """Names to whole numbers, short texts (`100/hour`) or lists of those; what they mean is decided by `limits`."""
     if len(values) > MAX_LIMITS:
         raise InvalidRequest(f"at most {MAX_LIMITS} limits", field=field)
     for name, value in values.items():
         if not _LIMIT.match(name):
             raise InvalidRequest("is not the name of a limit", field=f"{field}.{name[:50]}")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
-            raise InvalidRequest("must be a whole number of 0 or more", field=f"{field}.{name}")
+        parts = value if isinstance(value, list) else [value]
+        if not 1 <= len(parts) <= MAX_RATES or not all(_is_limit(part) for part in parts):
+            raise InvalidRequest("must be a whole number of 0 or more, or a rate", field=f"{field}.{name}")
     return dict(values)
+
+
+def _is_limit(value: Any) -> bool:
+    if isinstance(value, str):
+        return 0 < len(value) <= 64 and value.isprintable()
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 def clean_tags(values: Mapping[str, str], *, field: str = "tags") -> dict[str, str]:

@@ -21,7 +21,7 @@ from claude_wrapper.errors import CredentialMissing, NotFound
 from claude_wrapper.storage.engine import Announcement, Database
 from claude_wrapper.storage.tables.vault import vault_credentials
 from claude_wrapper.tenancy.principal import Principal
-from claude_wrapper.vault.credentials import CHANNEL
+from claude_wrapper.vault.credentials import CHANNEL, load_sealed
 from claude_wrapper.vault.kinds import ANTHROPIC_URL, CredentialKind
 from claude_wrapper.vault.orgkeys import OrgKeys
 from claude_wrapper.vault.records import TABLE, Credential, Sealed, Status, main_secret, read_sealed
@@ -190,6 +190,15 @@ class Resolver:
             return (self._operators(principal, self._operator),)
         by_id = {one.view.id: one for one in rows}
         return tuple([await self._open(principal, by_id[one.id]) for one in choice.candidates[:limit]])
+
+    async def lease_for_test(self, principal: Principal, credential_id: str) -> Leased:
+        """A credential that the principal may manage, whoever it serves and whatever its state, to try it out.
+
+        Needs `write:credentials`; raises NotFound, VaultSealed, StorageUnavailable, CredentialMissing (OAuth).
+        """
+        principal.require("write:credentials")
+        stored = await self._db.query(lambda tx: load_sealed(tx, principal, credential_id))
+        return await self._open(principal, stored)
 
     def forget(self, org: str) -> None:
         """Read an organisation's credentials again at the next request."""
