@@ -254,8 +254,42 @@ class Settings:
     log_format: str = setting(
         "auto", "`json`, `console`, or `auto`: console on a terminal.", choices=("auto", "json", "console")
     )
+    log_sample: float = setting(
+        1.0,
+        "Share of the lines per request and turn to keep, 0 to 1; warnings and errors are always kept.",
+        kind="float",
+        minimum=0,
+    )
+    metrics_public: bool = setting(
+        False,
+        "Serve `/metrics` without a key. They tell of all organisations together: only where nobody else can reach the port.",
+        kind="bool",
+    )
     metrics_org_label: bool = setting(
         False, "Give metrics a label with the organisation's id (unbounded: small installations only).", kind="bool"
+    )
+
+    otel_endpoint: str | None = setting(
+        None, "OTLP collector for traces, as `http://collector:4318` (needs the extra `otel`); default: no traces."
+    )
+    otel_sample: float = setting(
+        1.0, "Share of new traces to keep, 0 to 1; a caller's own decision is respected.", kind="float", minimum=0
+    )
+    # Protecting it
+    shed_memory_share: float = setting(
+        0.95,
+        "New turns are refused (529) while this share of the memory (the cgroup's, else the machine's) is in use.",
+        kind="float",
+        minimum=0,
+    )
+    shed_pressure: float = setting(
+        20.0,
+        "New turns are refused while all work waited for memory in this percentage of the last ten seconds (PSI `full`).",
+        kind="float",
+        minimum=0,
+    )
+    shed_lag_seconds: float = setting(
+        5.0, "New turns are refused while the event loop wakes this late.", kind="float", minimum=0
     )
 
     def __post_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -13,9 +12,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from claude_wrapper.api import errors, messages, models, system
+from claude_wrapper.api import errors, messages, metrics, models, system
 from claude_wrapper.api.admin import ADMIN_ROUTES
-from claude_wrapper.api.middleware import InFlight, RequestContext
+from claude_wrapper.api.managed.openapi_sessions import SESSION_ROUTES
+from claude_wrapper.api.managed.resources import RESOURCE_ROUTES
+from claude_wrapper.api.middleware import InFlight, RequestContext, Watch
 from claude_wrapper.api.openapi import describe
 from claude_wrapper.api.state import Deps
 from claude_wrapper.errors import (
@@ -42,8 +43,12 @@ ROUTES: tuple[Route, ...] = (
     Route("/v1/models", models.list_models, methods=["GET"]),
     Route("/v1/models/{model}", models.get_model, methods=["GET"]),
     Route("/v1/pool/stats", system.pool_stats, methods=["GET"]),
+    Route("/metrics", metrics.metrics, methods=["GET"]),
+    Route("/api/metrics", metrics.metrics, methods=["GET"]),
     Route("/v1/security", system.security, methods=["GET"]),
     *ADMIN_ROUTES,
+    *RESOURCE_ROUTES,
+    *SESSION_ROUTES,
 )
 
 OPEN_PATHS = frozenset(
@@ -52,7 +57,7 @@ OPEN_PATHS = frozenset(
 """What answers without a key."""
 
 
-def create_app(deps: Deps, *, observe: Callable[[str, str, int, float], None], flight: InFlight) -> FastAPI:
+def create_app(deps: Deps, *, watch: Watch, flight: InFlight) -> FastAPI:
     """The ASGI application over these collaborators."""
     app = FastAPI(
         title="claude-wrapper",
@@ -69,7 +74,7 @@ def create_app(deps: Deps, *, observe: Callable[[str, str, int, float], None], f
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_error)
     paths = {route.endpoint: route.path for route in app.routes if isinstance(route, Route)}
-    app.add_middleware(RequestContext, clock=deps.clock, ids=deps.ids, observe=observe, flight=flight, paths=paths)
+    app.add_middleware(RequestContext, clock=deps.clock, ids=deps.ids, watch=watch, flight=flight, paths=paths)
     return app
 
 

@@ -113,7 +113,16 @@ def response(error: WrapperError, request_id: str) -> Response:
 async def on_wrapper_error(request: Request, error: Exception) -> Response:
     """Starlette exception handler for every domain error."""
     assert isinstance(error, WrapperError)  # noqa: S101 - registered for this class only
+    note(request, error)
     return response(error, request_id_of(request))
+
+
+def note(request: Request, error: WrapperError) -> None:
+    """Tell the request's log line and metrics what went wrong."""
+    fields = request.scope.get("log_fields")
+    if fields is not None:
+        fields["error"] = error.code
+        fields |= {name: error.details[name] for name in ("limit", "scope") if name in error.details}
 
 
 def request_id_of(request: Request) -> str:

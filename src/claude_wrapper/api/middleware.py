@@ -1,25 +1,55 @@
-"""One request: its id, its log line, its metrics. Plain ASGI: nothing is buffered, nothing wraps the body."""
+"""One request: its id, its log line, its metrics, its trace. Plain ASGI: nothing is buffered, nothing wraps the body."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import structlog
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from claude_wrapper.clock import Clock
 from claude_wrapper.ids import REQUEST, Ids
+from claude_wrapper.telemetry import context
 
-log = structlog.get_logger("claude_wrapper.http")
+_OF_TURN = {"cw-session-id": "session", "cw-turn-id": "turn", "cw-process": "process"}
+"""Response headers that say which turn answered."""
 
 
 @dataclass(slots=True)
-class _Seen:
+class Seen:
+    """What is known of a request; complete when it has ended. Times are in seconds."""
+
+    method: str
+    path: str
+    route: str = "unmatched"
+    """The route's template: a path with identifiers in it is no label."""
     status: int = 0
+    first_byte: float | None = None
+    seconds: float = 0.0
     fields: dict[str, Any] = field(default_factory=dict)
+    """Identifiers for the log line: `org`, `key`, `session`, `turn`, `process`, `error`, `limit`, `scope`."""
+
+
+class RequestWatch(Protocol):
+    """One request, watched."""
+
+    def ended(self, seen: Seen) -> None:
+        """It was answered, or its caller has gone."""
+        ...
+
+
+class Watch(Protocol):
+    """Watches requests."""
+
+    def request(self, seen: Seen, headers: Mapping[str, str]) -> RequestWatch:
+        """A request arrived. What is bound to the context here holds until it has ended."""
+        ...
+
+    def routes(self, templates: tuple[str, ...]) -> None:
+        """The route table, once."""
+        ...
 
 
 class InFlight(Protocol):
@@ -31,7 +61,7 @@ class InFlight(Protocol):
 
 
 class RequestContext:
-    """Gives each request an id (`request-id` and `x-request-id`), and writes one canonical log line when it ends."""
+    """Gives each request an id (`request-id` and `x-request-id`), and tells the watch of its beginning and end."""
 
     def __init__(
         self,
@@ -39,25 +69,26 @@ class RequestContext:
         *,
         clock: Clock,
         ids: Ids,
-        observe: Callable[[str, str, int, float], None],
+        watch: Watch,
         flight: InFlight,
         paths: Mapping[Any, str],
     ) -> None:
-        """`paths` maps an endpoint to its route's template: a path with identifiers in it is no label."""
+        """`paths` maps an endpoint to its route's template."""
         self.paths = paths
         self.flight = flight
         self.app = app
         self.clock = clock
         self.ids = ids
-        self.observe = observe
+        self.watch = watch
+        watch.routes(tuple(paths.values()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         request_id = self.ids.new(REQUEST)
+        seen = Seen(scope["method"], scope["path"])
         scope["request_id"] = request_id
-        seen = _Seen()
         scope["log_fields"] = seen.fields
         began = self.clock.monotonic()
 
@@ -67,23 +98,24 @@ class RequestContext:
                 headers = MutableHeaders(scope=message)
                 headers["request-id"] = request_id
                 headers["x-request-id"] = request_id
+                for name, known_as in _OF_TURN.items():
+                    if name in headers:
+                        seen.fields[known_as] = headers[name]
+            elif seen.first_byte is None and message.get("body"):
+                seen.first_byte = self.clock.monotonic() - began
             await send(message)
 
-        structlog.contextvars.bind_contextvars(request=request_id)
-        self.flight.enter()
-        try:
-            await self.app(scope, receive, send_with_id)
-        finally:
-            self.flight.leave()
-            seconds = self.clock.monotonic() - began
-            route = self.paths.get(scope.get("endpoint"), "unmatched")
-            self.observe(route, scope["method"], seen.status or 499, seconds)
-            log.info(
-                "request.done",
-                method=scope["method"],
-                route=route,
-                status=seen.status or 499,
-                ms=round(seconds * 1000, 1),
-                **seen.fields,
-            )
-            structlog.contextvars.unbind_contextvars("request")
+        with context.bound(request=request_id):
+            watched = self.watch.request(seen, Headers(scope=scope))
+            self.flight.enter()
+            try:
+                await self.app(scope, receive, send_with_id)
+            except Exception:
+                seen.status = seen.status or 500  # answered further out
+                raise
+            finally:
+                self.flight.leave()
+                seen.seconds = self.clock.monotonic() - began
+                seen.route = self.paths.get(scope.get("endpoint"), "unmatched")
+                seen.status = seen.status or 499
+                watched.ended(seen)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
 
-from claude_wrapper.api.state import Lifecycle
-from claude_wrapper.pool.pool import Pool
+from claude_wrapper.clock import Clock
+from claude_wrapper.errors import WrapperError
 from claude_wrapper.sandbox.port import Sandbox
 from claude_wrapper.sandbox.probe import HostReport
 from claude_wrapper.sandbox.security import SecurityPolicy
-from claude_wrapper.sessions.process import SlotProcess
 
-_MEMORY_SHARE = 0.9
+_CHECK_SECONDS: Final = 2.0
+"""A check that has not answered by then has failed."""
+_FRESH_SECONDS: Final = 1.0
+"""A report is given again for this long, so that probes cannot load what they probe."""
 
 
 def security_report(sandbox: Sandbox, policy: SecurityPolicy, host: HostReport) -> dict[str, Any]:
@@ -31,34 +36,84 @@ def security_report(sandbox: Sandbox, policy: SecurityPolicy, host: HostReport) 
     }
 
 
-def health_report(pool: Pool[SlotProcess], lifecycle: Lifecycle, version: str) -> dict[str, Any]:
-    """Each check with its name and figures; `unhealthy` when one that matters fails, and it is named."""
-    stats = pool.stats()
-    used = memory_share()
-    checks: dict[str, dict[str, Any]] = {
-        "pool": {
-            "ok": not stats.draining or lifecycle.draining,
-            "processes": stats.processes,
-            "max_processes": stats.max_processes,
-            "spares": stats.spares,
-            "waiting": stats.waiting,
-        },
-        "processes": {
-            "ok": all(slot.alive for slot in stats.slots if slot.pid is not None),
-            "spawn_failures": stats.spawn_failures,
-            "crashes": stats.crashes,
-        },
-        "memory": {"ok": used is None or used < _MEMORY_SHARE, "used_share": used},
-    }
-    failing = sorted(name for name, check in checks.items() if not check["ok"])
-    return {"status": "unhealthy" if failing else "healthy", "version": version, "failing": failing, "checks": checks}
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a check found."""
+
+    ok: bool
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
-def memory_share() -> float | None:
-    """Share of the machine's memory in use, from /proc/meminfo; None where there is none."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - a kernel file
-            sizes = {line.split(":")[0]: int(line.split()[1]) for line in file if ":" in line}
-        return round(1 - sizes["MemAvailable"] / sizes["MemTotal"], 3)
-    except (OSError, KeyError, ValueError, IndexError):
-        return None
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing to look at."""
+
+    name: str
+    """A word of `metrics.HEALTH_CHECKS`."""
+    look: Callable[[], Awaitable[Found]]
+    """May raise a WrapperError or OSError: then it failed, with that cause."""
+    matters: bool = True
+    """Whether a server without it should get no work. What another replica would lack as well does not matter."""
+
+
+class Health:
+    """All checks, side by side, each in bounded time; asked often, looked at once a second."""
+
+    def __init__(
+        self, checks: Sequence[Check], clock: Clock, version: str, *, told: Callable[[str, bool], None]
+    ) -> None:
+        """`told` hears the result of each check that was made."""
+        self._checks = tuple(checks)
+        self._clock = clock
+        self._version = version
+        self._told = told
+        self._report: dict[str, Any] | None = None
+        self._made_at = float("-inf")
+        self._making: asyncio.Task[dict[str, Any]] | None = None
+
+    async def report(self) -> dict[str, Any]:
+        """`status` is healthy, degraded (something fails that another replica would lack too) or unhealthy."""
+        if self._report is not None and self._clock.monotonic() - self._made_at < _FRESH_SECONDS:
+            return self._report
+        if self._making is None:
+            self._making = asyncio.get_running_loop().create_task(self._make(), name="health")
+        return await asyncio.shield(self._making)
+
+    async def close(self) -> None:
+        """Give up what is being looked at."""
+        if self._making is not None:
+            self._making.cancel()
+            await asyncio.gather(self._making, return_exceptions=True)
+
+    async def _make(self) -> dict[str, Any]:
+        try:
+            results = await asyncio.gather(*(self._look(check) for check in self._checks))
+            checks = {check.name: result for check, result in zip(self._checks, results, strict=True)}
+            failing = [check for check in self._checks if not checks[check.name]["ok"]]
+            unhealthy = any(check.matters for check in failing)
+            self._report = {
+                "status": "unhealthy" if unhealthy else "degraded" if failing else "healthy",
+                "version": self._version,
+                "failing": sorted(check.name for check in failing),
+                "checks": checks,
+            }
+            self._made_at = self._clock.monotonic()
+            return self._report
+        finally:
+            self._making = None
+
+    async def _look(self, check: Check) -> dict[str, Any]:
+        began = self._clock.monotonic()
+        cause: str | None = None
+        try:
+            async with asyncio.timeout(_CHECK_SECONDS):
+                found = await check.look()
+        except TimeoutError:
+            found, cause = Found(ok=False), f"no answer within {_CHECK_SECONDS:g} s"
+        except WrapperError as error:
+            found, cause = Found(ok=False), error.code  # its message may name hosts: this page needs no key
+        except OSError as error:
+            found, cause = Found(ok=False), error.strerror or type(error).__name__
+        self._told(check.name, found.ok)
+        result = {"ok": found.ok, "matters": check.matters, "seconds": round(self._clock.monotonic() - began, 4)}
+        return {**result, **found.figures, **({"cause": cause} if cause else {})}

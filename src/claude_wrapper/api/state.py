@@ -18,9 +18,13 @@ from claude_wrapper.limits import Admission
 from claude_wrapper.pool.pool import Pool
 from claude_wrapper.sandbox.security import SecurityPolicy
 from claude_wrapper.sessions.conversations import Conversations
+from claude_wrapper.sessions.managed import ManagedSessions
 from claude_wrapper.sessions.process import SlotProcess
+from claude_wrapper.sessions.resources.mcptokens import McpTokens
+from claude_wrapper.sessions.resources.means import ResourceMeans
 from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.state import SharedState
+from claude_wrapper.telemetry.metrics import Metrics
 from claude_wrapper.tenancy.audit import Origin, Scribe
 from claude_wrapper.tenancy.keyformat import Pepper
 from claude_wrapper.tenancy.keyring import KeyRing
@@ -56,6 +60,7 @@ class ApiSettings:
     queue_length: int
     default_model: str
     model_aliases: Mapping[str, str]
+    metrics_public: bool = False
 
 
 class Tenants(Protocol):
@@ -110,10 +115,16 @@ class Deps:
     credentials: Credentials
     authenticate: Callable[[Request], Awaitable[Principal]]
     tenants: Tenants
+    sessions: ManagedSessions
+    resources: ResourceMeans
+    mcp_tokens: McpTokens
     spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     policy: SecurityPolicy
     security_report: Callable[[], dict[str, Any]]
-    health: Callable[[], dict[str, Any]]
+    health: Callable[[], Awaitable[dict[str, Any]]]
+    metrics: Metrics
+    protect: Callable[[], None]
+    """Raises PoolOverloaded while a new turn would endanger those that run."""
     lifecycle: Lifecycle
     clock: Clock
     ids: Ids
@@ -129,9 +140,11 @@ class Deps:
         return Scribe(self.clock, self.ids, origin)
 
     def refuse_when_draining(self) -> None:
-        """Raises Draining once the server is shutting down."""
+        """Before each new turn. Raises Draining once the server is shutting down, PoolOverloaded while it is short of memory."""
         if self.lifecycle.draining:
+            self.metrics.requests_shed.inc(reason="draining")
             raise Draining("the server is shutting down; send the request again", retry_after=1)
+        self.protect()
 
 
 def deps_of(request: Request) -> Deps:

@@ -30,13 +30,13 @@ async def readyz(request: Request) -> Response:
     deps = deps_of(request)
     if deps.lifecycle.draining:
         return _json({"status": "draining"}, 503)
-    report = deps.health()
+    report = await deps.health()
     return _json({"status": report["status"]}, 200 if report["status"] != "unhealthy" else 503)
 
 
 async def health(request: Request) -> Response:
     """Every check with its name, state and figures; 503 when one that matters fails."""
-    report = deps_of(request).health()
+    report = await deps_of(request).health()
     return _json(report, 503 if report["status"] == "unhealthy" else 200)
 
 

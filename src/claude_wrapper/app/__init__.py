@@ -19,12 +19,15 @@ from fastapi import FastAPI
 from starlette.requests import Request
 
 from claude_wrapper import __version__
-from claude_wrapper.agent.launch import CHAT, locate_cli
+from claude_wrapper.agent.launch import CHAT, agent_profile, locate_cli
 from claude_wrapper.agent.settings import AgentSettings
 from claude_wrapper.api.app import create_app
 from claude_wrapper.api.credentials import UpstreamCredentials
-from claude_wrapper.api.reports import health_report, security_report
+from claude_wrapper.api.reports import Health, security_report
 from claude_wrapper.api.state import ApiSettings, Deps
+from claude_wrapper.app import checks
+from claude_wrapper.app.resources import resource_means
+from claude_wrapper.app.telemetry import Telemetry
 from claude_wrapper.app.tenants import running_tenants
 from claude_wrapper.auth.authenticate import Authenticator, digest
 from claude_wrapper.broker import FixedHeaders, McpBridge, McpServer
@@ -43,14 +46,20 @@ from claude_wrapper.sandbox.choose import choose
 from claude_wrapper.sandbox.files import remove_tree
 from claude_wrapper.sandbox.port import Level, Sandbox
 from claude_wrapper.sandbox.probe import probe
-from claude_wrapper.sandbox.security import SecurityLevel, effective_policy
+from claude_wrapper.sandbox.security import SecurityLevel, SecurityPolicy, effective_policy
 from claude_wrapper.sandbox.uids import DEFAULT_RANGE, UidAllocator, UidRange
 from claude_wrapper.sessions.bridge import RemoteConnector, RemoteServer
 from claude_wrapper.sessions.conversation import Rooms
 from claude_wrapper.sessions.conversations import Conversations
+from claude_wrapper.sessions.doors import Doors
+from claude_wrapper.sessions.eventlog import EventLog
+from claude_wrapper.sessions.journal import Books
+from claude_wrapper.sessions.managed import ManagedSessions
 from claude_wrapper.sessions.process import ProcessFactory, Resume, SlotProcess, leftover_slots
+from claude_wrapper.sessions.resources.mcptokens import McpTokens
+from claude_wrapper.sessions.runner import RunnerSettings
 from claude_wrapper.sessions.spec import Owner
-from claude_wrapper.telemetry.logs import configure
+from claude_wrapper.telemetry.pressure import MemoryReader
 from claude_wrapper.tenancy.principal import Principal
 
 log = structlog.get_logger(__name__)
@@ -163,7 +172,7 @@ async def running_server(
     clock = clock or SystemClock()
     ids = ids or RandomIds()
     data_dir = _data_dir(settings.data_dir)
-    configure(settings.log_level, settings.log_format)
+    telemetry = Telemetry(settings, clock, __version__)
     report = await asyncio.to_thread(probe)
     required = Level(settings.sandbox_require) if settings.sandbox_require else None
     sandbox = choose(settings.sandbox, required, report)
@@ -176,8 +185,17 @@ async def running_server(
     lifecycle = Lifecycle()
     flight = InFlight()
     async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(telemetry.close)
+        telemetry.start()
         tenants = await stack.enter_async_context(running_tenants(settings, data_dir, clock, ids))
-        broker = Broker(_broker_settings(settings), clock, ids, tenants.admission.gate, tenants.ledger)
+        broker = Broker(
+            _broker_settings(settings),
+            clock,
+            ids,
+            telemetry.gate(tenants.admission.gate),
+            telemetry.sink(tenants.ledger, tenants.prices),
+            observer=telemetry.calls,
+        )
         await broker.start()
         stack.push_async_callback(broker.close)
         direct = Direct(connect_seconds=settings.upstream_connect_seconds, read_seconds=settings.upstream_read_seconds)
@@ -198,7 +216,12 @@ async def running_server(
         )
         keeper = _Keeper()
         pool: Pool[SlotProcess] = Pool(
-            _pool_settings(settings), clock, ids, factory, on_hibernate=keeper.on_hibernate, on_lost=keeper.on_lost
+            _pool_settings(settings, policy),
+            clock,
+            ids,
+            telemetry.factory(factory),
+            on_hibernate=keeper.on_hibernate,
+            on_lost=keeper.on_lost,
         )
         conversations = Conversations(
             Rooms(
@@ -209,17 +232,35 @@ async def running_server(
                 spawn=tasks.spawn,
                 max_queued_turns=settings.max_queued_turns,
                 kept_dir=data_dir / "kept",
+                watch=telemetry.turns,
             ),
             kept_dir=data_dir / "kept",
             forget_after_seconds=settings.session_seconds,
             forget_held_after_seconds=settings.held_session_seconds,
         )
         keeper.conversations = conversations
+        credentials = UpstreamCredentials(tenants.resolver, settings.upstream_url, allow_oauth=settings.allow_oauth)
+        turn_seconds = settings.turn_seconds or policy.limits.turn_seconds
+        books = Books(tenants.database, EventLog(tenants.database, tenants.state, clock, ids), tenants.state, clock, ids)
+        sessions = ManagedSessions(
+            books,
+            Doors(
+                books,
+                conversations,
+                choose=lambda principal: credentials.choose(principal, None),
+                security=policy,
+                aliases=MODEL_ALIASES,
+            ),
+            RunnerSettings(turn_seconds, parked_seconds=600.0, replica=ids.new("replica")),
+            tasks.spawn,
+        )
         await pool.start()
         stack.push_async_callback(tasks.settle, 5.0)
         stack.push_async_callback(pool.close, 5.0)
         upkeep = tasks.spawn(_sweep(conversations, clock, settings.sweep_seconds))
         stack.callback(upkeep.cancel)  # before the tasks are waited for: it never ends by itself
+        private = _networks(settings.private_networks)
+        resources = resource_means(settings, data_dir, tenants, clock, ids, permitted=private)
         authenticator = Authenticator(
             tenants.keyring,
             operator_digest=digest(settings.admin_key) if settings.admin_key else None,
@@ -227,36 +268,61 @@ async def running_server(
         )
 
         async def authenticate(request: Request) -> Principal:
-            return await authenticator.authenticate(request.headers)
+            return await telemetry.authenticated(request, authenticator)
+
+        telemetry.follow(pool, conversations, broker, tenants)
+        memory = MemoryReader()
+        health = Health(
+            [
+                checks.pool_check(pool, settings.queue_length),
+                checks.processes_check(pool),
+                checks.memory_check(memory),
+                checks.disk_check(data_dir),
+                checks.database_check(tenants.database),
+                *([checks.redis_check(tenants.state)] if settings.redis_url else []),
+                checks.upstream_check(broker),
+                checks.loop_check(telemetry.lag),
+            ],
+            clock,
+            __version__,
+            told=lambda check, ok: telemetry.metrics.health.set(ok, check=check),
+        )
+        stack.push_async_callback(health.close)
 
         deps = Deps(
             settings=ApiSettings(
                 max_body_bytes=settings.max_body_bytes,
                 allow_oauth=settings.allow_oauth,
-                turn_seconds=settings.turn_seconds or policy.limits.turn_seconds,
+                turn_seconds=turn_seconds,
                 default_model=settings.default_model,
                 max_processes_per_org=settings.max_processes_per_org,
                 queue_seconds=settings.queue_seconds,
                 queue_length=settings.queue_length,
                 model_aliases=MODEL_ALIASES,
+                metrics_public=settings.metrics_public,
             ),
             conversations=conversations,
             pool=pool,
             direct=direct,
-            credentials=UpstreamCredentials(tenants.resolver, settings.upstream_url, allow_oauth=settings.allow_oauth),
+            credentials=credentials,
+            sessions=sessions,
             authenticate=authenticate,
             tenants=tenants,
+            resources=resources,
+            mcp_tokens=McpTokens(resources, clock),
             spawn=tasks.spawn,
             policy=policy,
             security_report=lambda: security_report(sandbox, policy, report),
-            health=lambda: health_report(pool, lifecycle, __version__),
+            health=health.report,
+            metrics=telemetry.metrics,
+            protect=telemetry.protection(settings, memory),
             lifecycle=lifecycle,
             clock=clock,
             ids=ids,
             version=__version__,
         )
         yield Server(
-            app=create_app(deps, observe=lambda route, method, status, seconds: None, flight=flight),
+            app=create_app(deps, watch=telemetry.requests, flight=flight),
             pool=pool,
             conversations=conversations,
             broker=broker,
@@ -344,9 +410,10 @@ def _networks(texts: Sequence[str]) -> tuple[ipaddress.IPv4Network | ipaddress.I
         raise ConfigurationError(f"CLAUDE_WRAPPER_PRIVATE_NETWORKS: {error}") from error
 
 
-def _pool_settings(settings: Settings) -> PoolSettings:
+def _pool_settings(settings: Settings, policy: SecurityPolicy) -> PoolSettings:
     return PoolSettings(
-        spares={CHAT: settings.spares},
+        spares={CHAT: settings.spares}
+        | ({agent_profile(tuple(sorted(policy.tools))): settings.agent_spares} if policy.tools else {}),
         max_processes=settings.max_processes,
         max_processes_per_org=settings.max_processes_per_org,
         max_processes_per_principal=settings.max_processes_per_principal,

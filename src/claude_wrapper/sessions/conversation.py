@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from claude_wrapper.sessions.leg import Item, Leg, Started
 from claude_wrapper.sessions.permissions import Permissions
 from claude_wrapper.sessions.process import Resume, SlotProcess
 from claude_wrapper.sessions.spec import Approve, Journal, Message, OnDisconnect, Owner, TurnEnd, TurnInput
+from claude_wrapper.sessions.watch import TurnWatch, Watch
 from claude_wrapper.wire.control import ControlRefused
 from claude_wrapper.wire.merge import CLIENT_PREFIX, CONTINUED_BY_CLI, MessageMerger
 
@@ -61,6 +62,7 @@ class Rooms:
     """Where the files of conversations without a process lie."""
     parked_seconds: float = 600.0
     """How long a turn waits for the results of the caller's own tools."""
+    watch: Watch = field(default_factory=Watch)
 
 
 @dataclass(slots=True)
@@ -124,6 +126,7 @@ class Conversation:
         self._on_settled = on_settled
         self._order = asyncio.Lock()
         self._queued = 0
+        self._watch = TurnWatch()
         self._running: _Running | None = None
         self._bridge: Bridge | None = None
         self._leg: Leg | None = None
@@ -187,6 +190,18 @@ class Conversation:
         if self._bridge is not None:
             self._bridge.answer(results)
 
+    def answer_parked(self, results: list[dict[str, Any]]) -> Leg:
+        """`answer_tools` by somebody who is not the parked turn's caller and knows only the results."""
+        if self._running is None:
+            raise Conflict(f"session {self.session} is not waiting for tool results")
+        before = replace(self._running.input, content=results, history=tuple(self.messages))
+        return self.answer_tools(replace(before, on_disconnect=OnDisconnect.CONTINUE), results)
+
+    async def settled(self) -> None:
+        """Return when no turn holds the conversation: what it did has been written down."""
+        async with self._order:
+            return
+
     def allow_seconds(self, seconds: float | None) -> None:
         """The running turn may take this long from now; None: without end, while a person is asked."""
         running = self._running
@@ -212,11 +227,12 @@ class Conversation:
     async def _run(self, turn_input: TurnInput, leg: Leg) -> None:
         error: WrapperError | None = None
         last, settled = leg, False
+        watch = self._rooms.watch.begin(self.owner, self.session, turn_input)
         try:
             if self._running is not None and self._running.parked is not None:
                 await self.interrupt()  # a new message instead of the tool results: the parked turn is over
             async with self._order:
-                self._leg = leg
+                self._leg, self._watch = leg, watch
                 try:
                     settled = await self._turn(turn_input, leg)
                 finally:
@@ -234,6 +250,7 @@ class Conversation:
             self.last_used = self._rooms.clock.monotonic()
             for one in (last, leg):
                 one.finish(error)
+            watch.ended(last)
             if not settled and not self._queued:
                 self._on_settled(self)
 
@@ -251,7 +268,7 @@ class Conversation:
         if journal is None:
             return await self._on_process(turn_input, leg)
         turn_input = await journal.begin(turn_input)
-        self._end = TurnEnd(interrupted=True)
+        self._end = TurnEnd(Draining("the turn was cancelled"))
         try:
             return await self._on_process(turn_input, leg)
         except WrapperError as error:
@@ -267,11 +284,12 @@ class Conversation:
             process = claim.process
             turn = self._rooms.ids.new(TURN)
             process.endpoint.bind(self._binding(turn_input))
-            process.endpoint.begin(self._context(turn, turn_input))
+            process.endpoint.begin(replace(self._context(turn, turn_input), trace=self._watch.trace))
             await self._prepare(process, claim.kind, turn_input)
             await process.reach(self.owner.org)
             started = Started(self.session, turn, process.pid, claim.kind.value, claim.waited_seconds)
             leg.start(started)
+            self._watch.started(started)
             keep, settled = await self._converse(process, turn_input, leg, started)
         except (InvalidRequest, UpstreamError):
             # Nothing was said yet: the process is as good as before.
@@ -301,7 +319,7 @@ class Conversation:
                 principal=self.owner.principal,
                 profile=turn_input.spec.profile,
                 reuse_idle=turn_input.reuse_idle,
-                resume=self.resume,
+                resume=replace(self.resume, uuid="") if self.resume and turn_input.replay is not None else self.resume,
             )
         )
 
@@ -346,9 +364,10 @@ class Conversation:
                 json_schema=dict(spec.json_schema) if spec.json_schema else None,
             )
             process.initialized = True
-        if self.resume is not None:
-            self.resume = None  # the process was started with --resume: it holds the history already
-        elif past := turn_input.history if turn_input.past is None else turn_input.past:
+        # A process that was started with --resume holds the history already.
+        resumed, self.resume = self.resume is not None and turn_input.replay is None, None
+        past = turn_input.history if turn_input.past is None else turn_input.past
+        if past and not resumed:
             await process.agent.inject(_with_tool_prefix(past, spec.client_tools), model=turn_input.model)
 
     async def _converse(
@@ -388,6 +407,7 @@ class Conversation:
         """Bring process and known history to the same place: whether the process stays, and whether that was done
         before the caller had its answer."""
         self.turns += 1
+        self._watch.interrupted = running.interrupted
         self._end = TurnEnd(error, running.interrupted, suspended=running.suspended, calls=calls)
         if running.input.durable:
             return self._conclude_durable(running, error, calls), True
@@ -444,7 +464,9 @@ class Conversation:
                 return  # nobody will ask for what is left of it
             await running.parked.wait()
         leg = running.leg
-        await leg.put(Item(frame, leg.merger.feed(frame)))
+        events = leg.merger.feed(frame)
+        self._watch.frame(frame, events)
+        await leg.put(Item(frame, events))
         merger = leg.merger
         if not merger.finished or running.parked is not None or running.cut or merger.failure is not None:
             return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -39,6 +39,8 @@ class Conversations:
     def __init__(
         self, rooms: Rooms, *, kept_dir: Path, forget_after_seconds: float, forget_held_after_seconds: float
     ) -> None:
+        self.on_named: Callable[[Conversation, str], None] = lambda _conversation, _name: None
+        """Called for each conversation that a caller names for the first time."""
         self._rooms = rooms
         self._kept_dir = kept_dir
         self._forget_after = forget_after_seconds
@@ -52,6 +54,13 @@ class Conversations:
 
     def __len__(self) -> int:
         return len(self._by_session)
+
+    def by_state(self) -> dict[str, int]:
+        """How many run a turn, have an idle process, have none."""
+        counts = {"running": 0, "idle": 0, "hibernated": 0}
+        for one in self._by_session.values():
+            counts["running" if one.busy else "idle" if one.process is not None else "hibernated"] += 1
+        return counts
 
     # Finding ----------------------------------------------------------------------------------------------------------
 
@@ -116,12 +125,31 @@ class Conversations:
             raise NotFound(f"there is no session {session}")
         return conversation
 
+    def find(self, session: str) -> Conversation | None:
+        """The conversation with this id, whoever asks: for the server itself."""
+        return self._by_session.get(session)
+
+    def known(self, owner: Owner, name: str) -> bool:
+        """Whether this name (or id) is held here."""
+        held = self._by_session.get(name) or self._by_name.get((owner, name))
+        return held is not None and held.owner == owner
+
+    def restore(self, session: str, owner: Owner, messages: list[Message], *, name: str | None) -> Conversation:
+        """A conversation that is not held here any more (or was made elsewhere), with what its caller knows of it."""
+        conversation = Conversation(session, owner, self._rooms, held=True, on_settled=self._index)
+        conversation.messages = messages
+        self._by_session[session] = conversation
+        if name is not None:
+            self._by_name[owner, name] = conversation
+        return conversation
+
     def _named(self, owner: Owner, name: str) -> Conversation:
         if name.startswith(f"{SESSION}_") and well_formed(name, SESSION):
             return self.get(owner, name)
         conversation = self._by_name.get((owner, name))
         if conversation is None:
             conversation = self._by_name[owner, name] = self._new(owner, held=True)
+            self.on_named(conversation, name)
         return conversation
 
     def _continued(self, owner: Owner, history: Sequence[Message], results: Sequence[Any]) -> Conversation:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Final
 
+from claude_wrapper.telemetry.traceparent import TraceContext
+
 FIELDS: Final = frozenset(
     {"request", "org", "workspace", "user", "key", "session", "turn", "job", "slot", "replica", "trace_id", "span_id"}
 )
@@ -36,3 +38,23 @@ def bound(**fields: str | None) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+_trace: Final[contextvars.ContextVar[TraceContext | None]] = contextvars.ContextVar(
+    "claude_wrapper_trace", default=None
+)
+
+
+def trace() -> TraceContext | None:
+    """Where in which trace the running code is; None when nobody traces."""
+    return _trace.get()
+
+
+@contextmanager
+def traced(where: TraceContext | None) -> Iterator[None]:
+    """The body, and what it starts, happens there."""
+    token = _trace.set(where)
+    try:
+        yield
+    finally:
+        _trace.reset(token)

@@ -11,7 +11,7 @@ it, and then keep at most `MAX_ORGS` values.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -71,6 +71,12 @@ class Family(Generic[Wrapped]):
         for combination in itertools.product(*(values.get(name, ()) for name in self._names)):
             self._wrapped.labels(*combination)
 
+    def learn(self, label: str, values: Iterable[str]) -> None:
+        """These values are known from now on. Raises ValueError for a label that the family does not have."""
+        if label not in self._known:
+            raise ValueError(f"{self.declaration.name} has no label {label}")
+        self._known[label] |= frozenset(values)
+
     def child(self, labels: Mapping[str, str], org: str | None = None) -> Wrapped:
         """The child for these label values; a value that is not known becomes `other`.
 
@@ -124,6 +130,11 @@ class GaugeFamily(Family[Gauge]):
     def inc(self, amount: float = 1, *, org: str | None = None, **labels: str) -> None:
         """Add `amount`; negative values subtract."""
         self.child(labels, org).inc(amount)
+
+    def clear(self) -> None:
+        """Set every series to 0: what is not set again does not exist any more."""
+        for child in self._children.values():
+            child.set(0)
 
     def replace(self, label: str, values: Mapping[str, float]) -> None:
         """For a family with one label: set every known value, those that `values` does not name to 0."""

@@ -29,22 +29,17 @@ STATUSES: Final = tuple(str(code) for code in _CODES)
 """HTTP statuses that the server answers or meets; 499 is a caller who hung up."""
 DIALECTS: Final = ("anthropic", "openai", "sessions", "admin", "console", "operations")
 CLAIM_KINDS: Final = ("warm", "reused", "spare", "cold")
-CLAIM_FAILURES: Final = ("overloaded", "timeout", "spawn_failed", "draining", "cancelled")
-PROCESS_STATES: Final = ("starting", "spare", "busy", "idle", "frozen", "stopping")
+CLAIM_FAILURES: Final = ("overloaded", "timeout", "draining", "spawn_failed", "foreign", "cancelled")
+PROCESS_STATES: Final = (
+    *("starting", "spare", "busy", "idle", "frozen", "detached", "hibernating", "rewinding", "stopping"),
+)
+"""The pool's own states; `frozen` are those of the others that get no CPU now."""
 PROFILES: Final = ("chat", "chat_oauth", "agent", "agent_oauth")
 EVICTION_REASONS: Final = (
-    "idle",
-    "fairness",
-    "memory",
-    "age",
-    "turns",
-    "session_ended",
-    "unclean",
-    "crashed",
-    "broken",
-    "shutdown",
-    "version",
+    *("idle", "capacity", "org_limit", "principal_limit", "memory", "profile", "reuse", "age", "turns", "resident"),
+    *("surplus", "asked", "discarded", "crashed", "not_clean", "unclaimed", "closed"),
 )
+"""The pool's own words (`pool.slot.Reason`); a test compares them."""
 TURN_OUTCOMES: Final = ("completed", "failed", "interrupted", "abandoned", "crashed", "timed_out", "over_limit")
 PROVIDERS: Final = ("anthropic", "bedrock", "vertex", "foundry", "custom")
 BREAKER_STATES: Final = ("closed", "open", "half_open")
@@ -55,13 +50,14 @@ LIMITS: Final = (
     "requests",
     "input_tokens",
     "output_tokens",
-    "turns",
+    "concurrent_turns",
     "processes",
     "sessions",
     "budget",
     "queue",
     "body",
 )
+UNCHECKED: Final = ("rates", "concurrency", "budgets")
 SCOPES: Final = ("key", "user", "workspace", "organization", "session", "server")
 BUDGET_SHARES: Final = ("0.5", "0.8", "0.95", "1.0")
 JOB_KINDS: Final = ("message", "batch_item", "schedule", "webhook", "export", "upkeep")
@@ -151,6 +147,12 @@ class Metrics:
         self.limits_hit = make.counter(
             "limits_hit_total", "Requests refused by a limit or a budget.", org=True, limit=LIMITS, scope=SCOPES
         )
+        self.limits_unchecked = make.counter(
+            "limits_without_store_total",
+            "Questions to limits that shared state could not answer, by what was done with the request.",
+            kind=UNCHECKED,
+            outcome=("let_through", "turned_away"),
+        )
 
     def _pool(self, make: Declarations, profiles: tuple[str, ...]) -> None:
         self.pool_size = make.gauge("pool_size", "Claude processes in all, spares included.")
@@ -234,7 +236,7 @@ class Metrics:
         )
         self.breakers = make.gauge(
             "upstream_breakers",
-            "Circuit breakers (one per upstream and credential) by state.",
+            "Circuit breakers (one per upstream and credential) that have seen failures, by state.",
             provider=PROVIDERS,
             state=BREAKER_STATES,
         )
@@ -328,7 +330,7 @@ class Metrics:
     def pull(self, name: str, source: Callable[[], None]) -> None:
         """Call `source` before each rendering; it sets gauges. A second source of the same name replaces the first.
 
-        A source must be quick and may run in any thread: it takes a snapshot, it does not wait.
+        A source must be quick: it takes a snapshot, it does not wait.
         """
         self._pulls[name] = source
 
@@ -341,12 +343,22 @@ class Metrics:
                 self.pull_errors.inc()
                 _log.exception("metrics.pull_failed", source=name)
 
+    def learn_routes(self, routes: Iterable[str]) -> None:
+        """Take these templates into the route table too: the server knows them once the application is made."""
+        for family in (self.requests, self.request_seconds):
+            family.learn("route", routes)
+
     def render(self, accept: str = "") -> tuple[bytes, str]:
+        """`refresh`, then `encode`."""
+        self.refresh()
+        return self.encode(accept)
+
+    def encode(self, accept: str = "") -> tuple[bytes, str]:
         """The body and the content type for this `Accept` header: OpenMetrics when it is asked for, else Prometheus text.
 
-        Costs about 12 microseconds per series: answer scrapes from a thread.
+        Costs about 12 microseconds per series: answer scrapes from a thread. `refresh` first, on the event loop, where
+        the sources' own data does not change meanwhile.
         """
-        self.refresh()
         encode, content_type = choose_encoder(accept)
         return encode(_WithoutCreated(self.registry)), content_type
 

@@ -9,6 +9,7 @@ import asyncio
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
 from typing import Any, Final
 
 from claude_wrapper.errors import ConfigurationError
@@ -81,6 +82,28 @@ class OTelTracer:
         attributes: Mapping[str, Attribute] | None = None,
     ) -> AbstractContextManager[Span]:
         return self._open(name, kind, parent, attributes or {})
+
+    def past(
+        self,
+        name: str,
+        *,
+        began: datetime,
+        seconds: float,
+        kind: str = "internal",
+        parent: TraceContext | None = None,
+        attributes: Mapping[str, Attribute] | None = None,
+        failed: str | None = None,
+    ) -> None:
+        start = int(began.timestamp() * 1e9)
+        inner = self._tracer.start_span(
+            self._redactor.text(name), context=self._context(parent), kind=self._kinds[kind], start_time=start
+        )
+        span = _OTelSpan(self._api, inner, self._redactor, "")
+        for key, value in (attributes or {}).items():
+            span.set(key, value)
+        if failed is not None:
+            span.fail(failed)
+        inner.end(end_time=start + int(seconds * 1e9))
 
     async def close(self) -> None:
         """Send what is left; gives up after `FLUSH_SECONDS`."""

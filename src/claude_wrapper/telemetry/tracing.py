@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from datetime import datetime
 from types import TracebackType
 from typing import Final, Protocol
 
@@ -49,6 +50,20 @@ class Tracer(Protocol):
         attributes: Mapping[str, Attribute] | None = None,
     ) -> AbstractContextManager[Span]:
         """Open a span for the body; `kind` is internal, server or client. An exception marks it as failed and passes."""
+        ...
+
+    def past(
+        self,
+        name: str,
+        *,
+        began: datetime,
+        seconds: float,
+        kind: str = "internal",
+        parent: TraceContext | None = None,
+        attributes: Mapping[str, Attribute] | None = None,
+        failed: str | None = None,
+    ) -> None:
+        """Write down something that is over. `failed` is the kind of its error."""
         ...
 
     async def close(self) -> None:
@@ -97,6 +112,19 @@ class NoTracer:
         attributes: Mapping[str, Attribute] | None = None,
     ) -> AbstractContextManager[Span]:
         return _NoSpan(parent) if parent else _NOTHING
+
+    def past(
+        self,
+        name: str,
+        *,
+        began: datetime,
+        seconds: float,
+        kind: str = "internal",
+        parent: TraceContext | None = None,
+        attributes: Mapping[str, Attribute] | None = None,
+        failed: str | None = None,
+    ) -> None:
+        pass
 
     async def close(self) -> None:
         pass

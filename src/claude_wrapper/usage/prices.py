@@ -52,6 +52,11 @@ class PriceTable:
     def __bool__(self) -> bool:
         return bool(self._prices)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names (or beginnings of names) that are listed, `*` left out."""
+        return tuple(sorted({dated.model for dated in self._prices} - {ANY}))
+
     def find(self, model: str, at: datetime) -> Price | None:
         """The price of `model` for a call that began at `at`; None if neither it nor `*` is listed.
 
@@ -131,6 +136,11 @@ class PriceBook:
         self._database = database
         self._clock = clock
         self._own: OrderedDict[str, tuple[PriceTable, float]] = OrderedDict()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names (or beginnings of names) in the list, organisations' own left out."""
+        return self._table.models
 
     async def micros(self, org: str, model: str, usage: Usage, at: datetime) -> int:
         """The cost in micro-dollars. Never raises for an unknown model."""
