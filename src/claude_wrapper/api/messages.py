@@ -89,17 +89,22 @@ def _thread(parsed: MessagesRequest, principal: Principal, deps: Deps) -> Conver
 async def _principal(request: Request, deps: Deps, parsed: MessagesRequest) -> Principal:
     """An API key, or (only with ALLOW_OAUTH) the owner of the tokens in the body."""
     try:
-        return await deps.authenticate(request)
+        principal = await deps.authenticate(request)
     except AuthenticationFailed:
         if parsed.oauth_credentials is None or request.headers.get("authorization") or request.headers.get("x-api-key"):
             raise
         return deps.credentials.owner_of(parsed.oauth_credentials)
+    principal.require("write:messages")
+    return principal
 
 
 async def _submit(request: Request, deps: Deps, parsed: MessagesRequest, translated: Translated) -> tuple[Leg, Started]:
     deps.refuse_when_draining()
+    if parsed.session_id is not None and translated.thread is None:
+        await deps.sessions.doors.admit(translated.principal, translated.owner, parsed.session_id)
     admitted = deps.tenants.admission.admit(translated.principal, Facts(session=parsed.session_id))
     await admitted.__aenter__()
+    request.scope["answer_headers"] = admitted.headers  # on every answer from here on, errors included
     try:
         leg = _begin(deps, parsed, translated)
     except BaseException:

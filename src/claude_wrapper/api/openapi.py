@@ -10,7 +10,10 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+
 from claude_wrapper.api.admin import openapi as admin
+from claude_wrapper.api.managed.openapi_resources import describe_resources
+from claude_wrapper.api.managed.openapi_sessions import describe_sessions
 
 _ERROR: Final = {"$ref": "#/components/schemas/Error"}
 _MESSAGE: Final = {"$ref": "#/components/schemas/Message"}
@@ -283,6 +286,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
             openapi_version="3.1.0",
         )
         document.setdefault("paths", {}).update({**_PATHS, **admin.paths()})
+        document["paths"].update(describe_resources(_RUN_ERRORS))
+        document["paths"].update(describe_sessions(_RUN_ERRORS))
         components = document.setdefault("components", {})
         components.setdefault("schemas", {}).update({**admin.schemas(), **_SCHEMAS})
         components["securitySchemes"] = {

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from claude_wrapper import ids
 from claude_wrapper.broker import bodies, canned, inject, mcp, policy
@@ -50,6 +51,7 @@ class Endpoint:
         self._binding: Binding | None = None
         self._turn: TurnContext | None = None
         self._priming = 0
+        self._replay: list[dict[str, Any]] | None = None
         self._closed = False
         self._connections: set[Connection] = set()
         self._running: set[Exchange] = set()
@@ -107,6 +109,7 @@ class Endpoint:
         """The turn is over: cut what is in flight, wait until all is settled, return the turn's calls in order."""
         exchanges = list(self._of_turn)
         self._turn = None
+        self._replay = None
         await self._stop(exchanges)
         return tuple(exchange.call for exchange in exchanges if exchange.call is not None and exchange.call.attempts)
 
@@ -135,6 +138,14 @@ class Endpoint:
             yield
         finally:
             self._priming -= 1
+
+    def replay(self, content: list[dict[str, Any]]) -> None:
+        """The turn's first main request is answered with this model message, which was given and paid for before.
+
+        A conversation that stopped at a tool call goes on in a new process: it makes the same calls again, under the
+        same ids. Nothing is recorded. Forgotten when the turn ends.
+        """
+        self._replay = content
 
     async def close(self) -> None:
         """Cut everything and stop listening. Idempotent."""
@@ -232,12 +243,24 @@ class Endpoint:
         if route.kind is Kind.MCP:
             await self._pass_to_mcp(binding, route, head, body, reply)
             return
+        if self._replay is not None and route.kind is Kind.MESSAGES and self._replayed(binding, body, reply):
+            return
         order = self._order(binding, route, head, body)
         exchange = Exchange(self._means, order, ended=self._note, booked=self._running.discard)
         self._running.add(exchange)
         if order.turn is not None:
             self._of_turn.append(exchange)
         await exchange.run(reply)
+
+    def _replayed(self, binding: Binding, body: bytes, reply: Reply) -> bool:
+        """Answer the main request with the message that is to be said again; False for another request."""
+        asked = bodies.read(body)
+        if self._replay is None or not bodies.rewrite(asked, self._turn, binding.credential.kind).main:
+            return False
+        content, self._replay = self._replay, None
+        message_id = self._means.ids.new(ids.MESSAGE)
+        reply.whole(200, [("content-type", "text/event-stream")], canned.replay(asked.model, message_id, content))
+        return True
 
     async def _pass_to_mcp(self, binding: Binding, route: Route, head: Head, body: bytes, reply: Reply) -> None:
         server = self._mcp.get(route.mcp)

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper.errors import Conflict, InvalidRequest, NotFound
 from claude_wrapper.ids import EVENT, SESSION
-from claude_wrapper.sessions import records
+from claude_wrapper.sessions import mounts, records
 from claude_wrapper.sessions.doors import Doors
 from claude_wrapper.sessions.eventlog import Stored
 from claude_wrapper.sessions.journal import TURN_EVENTS, Books
@@ -66,6 +66,8 @@ class ManagedSessions:
             await records.insert_session(tx, new.row(principal, session_id, thread, now))
             session = await records.get_session(tx, principal, session_id)
             await note_thread(tx, principal, session, thread, name=session.agent_name, status=records.IDLE, now=now)
+            for one in new.mounts:
+                await mounts.add(tx, principal, session_id, one, ids=books.ids, now=now)
             stored = await books.log.write(tx, principal, session_id, new.initial_events, queued=True)
         await books.log.publish(session_id, stored)
         if stored:

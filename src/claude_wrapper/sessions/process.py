@@ -48,7 +48,7 @@ class Resume:
     """An agent conversation whose process is gone and whose files were kept."""
 
     uuid: str
-    """The CLI's session id: its transcript lies in the kept home."""
+    """The CLI's session id: its transcript lies in the kept home. Empty: only the files are wanted."""
     kept: Path
     """Directory with `home/` and `work/` to move into the new slot."""
     ready: asyncio.Event = field(default_factory=asyncio.Event, compare=False)
@@ -264,8 +264,8 @@ class ProcessFactory:
                 token=endpoint.token,
                 home=layout.home,
                 work=layout.work,
-                session_uuid=None if resume else self._ids.uuid(),
-                resume_uuid=resume.uuid if resume else None,
+                session_uuid=None if resume and resume.uuid else self._ids.uuid(),
+                resume_uuid=(resume.uuid or None) if resume else None,
                 model=self._default_model,
                 extra_env=self._extra_env,
                 proxy=f"http://127.0.0.1:{_PROXY_PORT}" if networked else None,

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from claude_wrapper.errors import InvalidRequest
 from claude_wrapper.sessions import records
+from claude_wrapper.sessions.mounts import Mount
 from claude_wrapper.sessions.records import Session
 from claude_wrapper.sessions.resources.values import Fields
 from claude_wrapper.tenancy.principal import Principal
@@ -30,6 +31,7 @@ class NewSession:
     vault_ids: Sequence[str] = ()
     budget: Mapping[str, Any] | None = None
     initial_events: Sequence[dict[str, Any]] = ()
+    mounts: Sequence[Mount] = ()
     origin: str = records.BY_SESSIONS
     name: str | None = None
 

@@ -11,15 +11,17 @@ import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from claude_wrapper.agent.launch import LaunchProfile
-from claude_wrapper.broker.calls import Credential
+from claude_wrapper.broker.calls import Credential, UpstreamCall
+from claude_wrapper.errors import WrapperError
 from claude_wrapper.wire.messages import Message
+from claude_wrapper.wire.streamjson import Frame
 
-__all__ = ["Approve", "ConversationSpec", "Message", "OnDisconnect", "Owner", "TurnInput"]
+__all__ = ["Approve", "ConversationSpec", "Journal", "Message", "OnDisconnect", "Owner", "TurnEnd", "TurnInput"]
 
 
 Approve = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -61,6 +63,8 @@ class ConversationSpec:
     """As the CLI takes them: name → `{type, command, args, env}` or `{type, url, headers}`."""
     client_tools: tuple[Mapping[str, Any], ...] = ()
     """Tools that the caller runs itself: `{name, description?, input_schema}`."""
+    asked_tools: frozenset[str] = frozenset()
+    """Tools (or `mcp__SERVER`) whose every call is asked about, also those that the CLI would let pass by itself."""
 
     @property
     def fingerprint(self) -> str:
@@ -98,5 +102,41 @@ class TurnInput:
     approve: Approve | None = None
     """Decides each call that the CLI asks about (`can_use_tool` request in, its `response` out); None: the server's
     policy alone. May take as long as a person needs."""
+    durable: bool = False
+    """What happens stays in the conversation, also when the turn fails; the caller's tools are answered one by one
+    (`Conversation.answer_calls`) while the turn goes on. Else a failed turn is taken back and the caller sends it again."""
+    past: Sequence[Message] | None = None
+    """What a fresh process is given in place of `history`: the same conversation with the server's own tool calls."""
+    replay: list[dict[str, Any]] | None = None
+    """The model's first answer of this turn, which it has given already: it is not asked for again."""
     reuse_idle: bool = False
     """May take the process of this caller's least recently used idle conversation (which is kept without a process)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEnd:
+    """How a turn ended."""
+
+    error: WrapperError | None = None
+    interrupted: bool = False
+    kept: bool = False
+    """Whether the turn is part of the conversation; else it was taken back."""
+    suspended: bool = False
+    """It will be continued in another process."""
+    calls: Sequence[UpstreamCall] = ()
+
+
+class Journal(Protocol):
+    """Who writes down what happens in a conversation, through whichever door."""
+
+    async def begin(self, turn_input: TurnInput) -> TurnInput:
+        """A turn begins; gives the input that it is to run with."""
+        ...
+
+    async def frame(self, frame: Frame) -> None:
+        """The process said something."""
+        ...
+
+    async def end(self, end: TurnEnd) -> None:
+        """The turn is over; nothing may begin before this returns."""
+        ...
