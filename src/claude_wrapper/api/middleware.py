@@ -98,6 +98,8 @@ class RequestContext:
                 headers = MutableHeaders(scope=message)
                 headers["request-id"] = request_id
                 headers["x-request-id"] = request_id
+                for name, value in scope.get("answer_headers", {}).items():
+                    headers.setdefault(name, value)
                 for name, known_as in _OF_TURN.items():
                     if name in headers:
                         seen.fields[known_as] = headers[name]

@@ -7,14 +7,14 @@ from starlette.responses import Response
 
 from claude_wrapper.api.bodies import read_body
 from claude_wrapper.api.state import deps_of
-from claude_wrapper.errors import InvalidRequest
+from claude_wrapper.errors import InvalidRequest, PermissionDenied
 from claude_wrapper.ids import well_formed
 from claude_wrapper.wire.messages import parse_messages_request
 
 
 async def list_models(request: Request) -> Response:
     """The models that the caller's upstream offers."""
-    return await _forward(request, "GET", f"/v1/models?{request.url.query}".rstrip("?"))
+    return await _forward(request, "read:models", "GET", f"/v1/models?{request.url.query}".rstrip("?"))
 
 
 async def get_model(request: Request) -> Response:
@@ -23,20 +23,25 @@ async def get_model(request: Request) -> Response:
     if not well_formed(f"m_{model.replace('.', '_').replace(':', '_').replace('@', '_')}"):
         raise InvalidRequest("is not a model's name", field="model")
     deps = deps_of(request)
-    return await _forward(request, "GET", f"/v1/models/{deps.settings.model_aliases.get(model, model)}")
+    return await _forward(request, "read:models", "GET", f"/v1/models/{deps.settings.model_aliases.get(model, model)}")
 
 
 async def count_tokens(request: Request) -> Response:
     """Tokens of a request, counted by the upstream."""
     deps = deps_of(request)
     body = await read_body(request, deps.settings.max_body_bytes)
-    parse_messages_request(body, max_tokens_required=False)
-    return await _forward(request, "POST", "/v1/messages/count_tokens", body)
+    parsed = parse_messages_request(body, max_tokens_required=False)
+    return await _forward(request, "write:messages", "POST", "/v1/messages/count_tokens", body, model=parsed.model)
 
 
-async def _forward(request: Request, method: str, path: str, body: bytes | None = None) -> Response:
+async def _forward(
+    request: Request, scope: str, method: str, path: str, body: bytes | None = None, *, model: str | None = None
+) -> Response:
     deps = deps_of(request)
     principal = await deps.authenticate(request)
+    principal.require(scope)
+    if model is not None and not principal.may_use(model):
+        raise PermissionDenied(f"model: this key may not use {model}")
     credential = await deps.credentials.choose(principal, None)
     answer = await deps.direct.ask(credential, method, path, body)
     return Response(answer.body, status_code=answer.status, media_type="application/json")

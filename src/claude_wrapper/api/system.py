@@ -43,22 +43,25 @@ async def health(request: Request) -> Response:
 async def security(request: Request) -> Response:
     """The sandbox and security level in force, mechanism by mechanism."""
     deps = deps_of(request)
-    await deps.authenticate(request)
+    (await deps.authenticate(request)).require("read:organization")
     return _json(deps.security_report())
 
 
 async def pool_stats(request: Request) -> Response:
-    """The pool as this caller may see it: its own processes; an operator sees all of them."""
+    """The pool as this caller may see it: its own processes, an admin the organisation's, the operator all of them."""
     deps = deps_of(request)
     principal = await deps.authenticate(request)
+    principal.require("read:pool")
     owner = principal.key_id or principal.user_id or principal.org
     stats = deps.pool.stats()
     everything = principal.is_operator
+    whole_org = principal.may("write:organization") and principal.workspace is None
     now = deps.clock.now()
     slots = [
         slot
         for slot in stats.slots
-        if slot.org is not None and (everything or (slot.org == principal.org and slot.principal == owner))
+        if slot.org is not None
+        and (everything or (slot.org == principal.org and (whole_org or slot.principal == owner)))
     ]
     mine = [slot for slot in slots if slot.org == principal.org and slot.principal == owner]
     latest = max(mine, key=lambda slot: slot.last_used, default=None)
