@@ -10,7 +10,6 @@ The process is untrusted: a frame may lie, but it cannot crash the server or mak
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import msgspec
@@ -20,8 +19,12 @@ from claude_wrapper.errors import AgentProtocolError, InvalidRequest
 MAX_DEPTH = 128
 """Levels of nesting. Frames of the CLI have about ten; tool inputs written by a model stay far below this."""
 
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+MAX_MARKS = 2 * 2**20
+"""Quotes and brackets of one line, inside strings or not. A line of 16 MiB of program text has about half of that."""
+MAX_BRACKETS = 2**18
+"""Brackets of one line outside strings. Frames have hundreds; looking at more would hold up every other tenant."""
+
+_NOT_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
 _SQUARE = bytes.maketrans(b"{}", b"[]")
 
 
@@ -76,7 +79,9 @@ def decode_frame(line: bytes) -> Frame:
     A known field with a value of an unexpected kind counts as absent: a later CLI may change it.
     """
     if line.count(b"{") + line.count(b"[") > MAX_DEPTH and _too_deep(line):
-        raise MalformedFrame(f"the Claude process wrote a frame that nests deeper than {MAX_DEPTH} levels")
+        raise MalformedFrame(
+            f"the Claude process wrote a frame that nests deeper than {MAX_DEPTH} levels, or has too many brackets"
+        )
     try:
         frame = _FRAME.decode(line)
     except msgspec.ValidationError:
@@ -109,8 +114,17 @@ def _text(value: object) -> str | None:
 
 
 def _too_deep(line: bytes) -> bool:
-    """Whether brackets outside strings nest deeper than the bound: peel off the innermost pairs, one level a round."""
-    left = _STRINGS.sub(b"", line).translate(_SQUARE, _NOT_BRACKETS)
+    """Whether brackets outside strings nest deeper than the bound: peel off the innermost pairs, one level a round.
+
+    Every step is one pass in C and the input of the rounds is bounded: the process chooses the line, and while it is
+    looked at nobody else is served (16 MiB take 0.1 to 0.35 s; unbounded they took 4.4 s).
+    """
+    marks = line.replace(rb"\\", b"").replace(rb"\"", b"").translate(_SQUARE, _NOT_MARKS)
+    if len(marks) > MAX_MARKS:
+        return True
+    left = b"".join(marks.split(b'"')[::2])  # what stands between strings
+    if len(left) > MAX_BRACKETS:
+        return True
     for _ in range(MAX_DEPTH):
         peeled = left.replace(b"[]", b"")
         if len(peeled) == len(left):
