@@ -8,6 +8,8 @@ import pytest
 
 from claude_wrapper.sandbox import Level, probe
 from claude_wrapper.testing.attack.catalogue import ATTACKS, Attack
+from claude_wrapper.testing.attack.catalogue_broker import BROKER_ATTACKS
+from claude_wrapper.testing.attack.real import run_column_with_cli
 from claude_wrapper.testing.attack.runner import Outcome, broken, columns, promised, run_column, table
 
 SAMPLE = {
@@ -30,12 +32,12 @@ def test_a_promise_holds_where_all_facts_of_one_condition_are_there() -> None:
 
 
 def test_every_breach_that_a_real_sandbox_declares_is_explained() -> None:
-    for attack in ATTACKS:
+    for attack in (*ATTACKS, *BROKER_ATTACKS):
         assert {"bwrap", "restricted"} <= set(attack.holds) or attack.why_not, attack.name
 
 
 def test_names_of_attacks_are_unique() -> None:
-    assert len({attack.name for attack in ATTACKS}) == len(ATTACKS)
+    assert len({attack.name for attack in (*ATTACKS, *BROKER_ATTACKS)}) == len(ATTACKS) + len(BROKER_ATTACKS)
 
 
 def test_a_broken_promise_and_an_attack_that_could_not_be_made_are_failures() -> None:
@@ -72,4 +74,18 @@ async def test_the_strongest_level_of_this_host_keeps_its_promises() -> None:
     outcomes = await run_column(column, tuple(attack for attack in ATTACKS if attack.name in SAMPLE))
 
     assert len(outcomes) == len(SAMPLE)
+    assert broken(outcomes) == []
+
+
+@pytest.mark.real_cli
+@pytest.mark.anyio
+async def test_through_the_agents_own_bash_the_strongest_level_keeps_its_promises() -> None:
+    column = next(iter(columns(probe())))
+    if column.label == Level.NONE:
+        pytest.skip("this host can enforce no sandbox")
+    names = {"read another tenant's files", "broker: work under another slot's token", "broker: split requests"}
+    attacks = tuple(attack for attack in (*ATTACKS, *BROKER_ATTACKS) if attack.name in names)
+    outcomes, _ = await run_column_with_cli(column, attacks)
+
+    assert len(outcomes) == len(names)
     assert broken(outcomes) == []

@@ -13,6 +13,7 @@ PRELUDE = '''
 import ctypes, errno, json, os, resource, signal, socket, sys, time
 T = json.load(open("attack.json"))
 libc = ctypes.CDLL(None, use_errno=True)
+CLI = T.get("cli_pid") or os.getppid()
 def breach(what): print("BREACH", what, flush=True)
 def read(path, size=1 << 20):
     try:
@@ -60,6 +61,10 @@ class Attack:
     (own uid) and names of the probe's findings (`cgroup_memory`, …)."""
     why_not: str = ""
     """Why the other levels do not promise it."""
+    needs_cli: bool = False
+    """Needs the real CLI with its broker."""
+    bomb: bool = False
+    """Uses up something that neighbours need too: their latency is measured meanwhile."""
 
 
 ATTACKS: tuple[Attack, ...] = (
@@ -170,7 +175,7 @@ ATTACKS: tuple[Attack, ...] = (
     ),
     Attack(
         "have or get privileges",
-        'status = dict(l.split(":\\t", 1) for l in read(f"/proc/{os.getppid()}/status").decode().splitlines() if ":\\t" in l)\n'
+        'status = dict(l.split(":\\t", 1) for l in read(f"/proc/{CLI}/status").decode().splitlines() if ":\\t" in l)\n'
         'if int(status.get("CapEff", "0"), 16): breach("capabilities " + status["CapEff"])\n'
         "try: os.setuid(0); breach('uid 0')\n"
         "except OSError: pass\n"
@@ -193,27 +198,27 @@ ATTACKS: tuple[Attack, ...] = (
         'for pid in (T["server_pid"], T["other_pid"]):\n'
         '    if call(T["numbers"]["ptrace"], 16, pid, 0, 0)[0] == 0: breach(f"ptrace {pid}")\n'
         "buffer = ctypes.create_string_buffer(8)\n"
-        'reachable("process_vm_readv", os.getppid(), buffer, 0, buffer, 0)',
+        'reachable("process_vm_readv", CLI, buffer, 0, buffer, 0)',
     ),
     Attack(
         "take a descriptor of another process",
-        'for pid in (T["server_pid"], T["other_pid"], os.getppid()):\n'
+        'for pid in (T["server_pid"], T["other_pid"], CLI):\n'
         "    try: fd = os.pidfd_open(pid)\n"
         "    except OSError: continue\n"
         '    if call(T["numbers"]["pidfd_getfd"], fd, 1, 0)[0] >= 0: breach(f"stdout of {pid}")',
     ),
     Attack(
         "forge a line on the CLI's output",
-        'for path in (f"/proc/{os.getppid()}/fd/1", f"/proc/{os.getppid()}/fd/2", "/dev/stdout"):\n'
+        'for path in (f"/proc/{CLI}/fd/1", f"/proc/{CLI}/fd/2"):\n'
         "    try:\n"
-        '        with open(path, "w") as out: out.write(T[\'forged\'] + "\\n")\n'
+        '        with open(path, "w") as out: out.write(json.dumps({"type": "system", "subtype": "note", "text": T[\'forged\']}) + "\\n")\n'
         "    except OSError: pass",
         ("bwrap+uid", "restricted+uid"),
         "with the server's uid the pipe can be opened again; what the CLI prints is never trusted anyway",
     ),
     Attack(
         "write into its own CLI's memory",
-        'try: os.close(os.open(f"/proc/{os.getppid()}/mem", os.O_RDWR)); breach("by design: the CLI is in the agent\'s own trust domain")\n'
+        'try: os.close(os.open(f"/proc/{CLI}/mem", os.O_RDWR)); breach("by design: the CLI is in the agent\'s own trust domain")\n'
         "except OSError: pass",
         (),
         "the CLI is the agent's own process: nothing that it prints is trusted",
@@ -231,6 +236,7 @@ ATTACKS: tuple[Attack, ...] = (
         'if n > T["processes"]: breach(f"{n} processes")\n',
         ("bwrap+cgroup_pids", "bwrap+uid", "restricted+cgroup_pids", "restricted+uid"),
         "nothing counts processes of one slot",
+        bomb=True,
     ),
     Attack(
         "take 1 GiB of memory",
@@ -248,6 +254,7 @@ ATTACKS: tuple[Attack, ...] = (
         'if alive * (16 << 20) > T["memory"] * 1.1: breach(f"{alive * 16} MiB are held")',
         ("bwrap+cgroup_memory", "restricted+cgroup_memory"),
         "only a control group counts memory",
+        bomb=True,
     ),
     Attack(
         "fill /tmp and /dev/shm",
@@ -259,6 +266,7 @@ ATTACKS: tuple[Attack, ...] = (
         "                f.write(bytes(4 << 20)); size += 4 << 20\n"
         "    except OSError: pass\n"
         '    if size > bound: breach(f"{size >> 20} MiB in {d}")',
+        bomb=True,
     ),
     Attack(
         "write one huge file",
@@ -274,6 +282,35 @@ ATTACKS: tuple[Attack, ...] = (
         'if size > T["disk"]: breach(f"{size >> 20} MiB")',
         ("bwrap+quota", "restricted+quota"),
         "without a file system of its own the disk is measured after the fact",
+        bomb=True,
+    ),
+    Attack(
+        "make a million files",
+        "made, until = 0, time.time() + 5\n"
+        "try:\n"
+        "    while made < 1_000_000 and time.time() < until: open('inode%d' % made, 'x').close(); made += 1\n"
+        "except OSError: pass\n"
+        'if made > T["inodes"]: breach(f"{made} files in 5 s")',
+        ("bwrap+quota", "restricted+quota"),
+        "without a file system of its own files are counted after the fact",
+        bomb=True,
+    ),
+    Attack(
+        "take every processor",
+        "for _ in range(8):\n"
+        "    if os.fork() == 0:\n"
+        "        until = time.time() + 3\n"
+        "        while time.time() < until: pass\n"
+        "        os._exit(0)\n"
+        "used = time.time()\n"
+        "try:\n"
+        "    while True: os.wait()\n"
+        "except OSError: pass\n"
+        "cores = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime / (time.time() - used)\n"
+        'if cores > T["cores"] * 1.15: breach(f"{cores:.2f} cores")',
+        ("bwrap+cgroup_cpu", "restricted+cgroup_cpu"),
+        "only a control group shares out processors",
+        bomb=True,
     ),
     Attack(
         "survive the end of the slot",

@@ -112,7 +112,7 @@ async def _one(column: Column, made: Scenery, attack: Attack, uid: int | None) -
         except WrapperError as error:
             return outcome(held=False, detail=f"{error}: {printed[-200:]!r}", failed=True)
         breaches = [line.removeprefix("BREACH ") for line in said if line.startswith("BREACH")]
-        breaches += [found async for found in _from_outside(made, dirs, printed)]
+        breaches += [found async for found in from_outside(made, dirs, printed)]
     if not breaches and "END" not in said and "memory" not in attack.name:
         return outcome(held=False, detail=(said or ["no output"])[-1], failed=True)
     return outcome(held=not breaches, detail=breaches[0] if breaches else "")
@@ -127,7 +127,7 @@ async def _slot(sandbox: Sandbox, root: Path, uid: int | None) -> AsyncIterator[
         await asyncio.to_thread(sandbox.remove_dirs, dirs)
 
 
-async def _from_outside(made: Scenery, dirs: SlotDirs, printed: bytes) -> AsyncIterator[str]:
+async def from_outside(made: Scenery, dirs: SlotDirs, printed: bytes) -> AsyncIterator[str]:
     """What only the host can see."""
     targets = made.targets
     if targets["forged"].encode() in printed:
@@ -146,6 +146,12 @@ async def _from_outside(made: Scenery, dirs: SlotDirs, printed: bytes) -> AsyncI
         with contextlib.suppress(WrapperError):
             files.read_beneath(dirs.work, f"trap/{name}", 1 << 20)
             yield f"the server followed trap/{name}"
+    if (dirs.work / "trap/dir").is_symlink():
+        with contextlib.suppress(WrapperError):
+            files.write_beneath(dirs.work, f"trap/dir{made.base}/written", b"x")
+            yield "the server wrote through trap/dir"
+        if any(entry.path.startswith("trap/dir/") for entry in files.walk_beneath(dirs.work, max_entries=100_000)):
+            yield "the server walked into trap/dir"
 
 
 def _left_behind(marker: str) -> list[str]:

@@ -17,9 +17,9 @@ from claude_wrapper.sandbox import Containment, Limits, Sandbox, SlotDirs
 from claude_wrapper.sandbox.seccomp import this_architecture
 
 LIMITS = Limits(
-    memory_bytes=256 << 20,
+    memory_bytes=448 << 20,
     processes=128,
-    cpu_share=None,
+    cpu_share=1.0,
     file_bytes=64 << 20,
     open_files=1024,
     tmp_bytes=32 << 20,
@@ -90,7 +90,12 @@ async def scenery(base: Path, sandbox: Sandbox, uid: int | None) -> AsyncIterato
         env={"SECRET": server_secret, "ANTHROPIC_API_KEY": credential},
         cwd=base,
     )
-    victim = await start(sandbox, other, f"sleep 600; : {marker}", {"SECRET": secret}, uid)
+    try:
+        victim = await start(sandbox, other, f"sleep 600; : {marker}", {"SECRET": secret}, uid)
+    except BaseException:
+        server.kill()
+        await server.wait()
+        raise
     targets: dict[str, Any] = {
         "numbers": this_architecture().numbers,
         "slots": str(base / "slots"),
@@ -103,6 +108,7 @@ async def scenery(base: Path, sandbox: Sandbox, uid: int | None) -> AsyncIterato
         "credential": credential,
         "marker": marker,
         "survivor": f"survivor-{word}",
+        "smuggled": f"claude-smuggled-{word}",
         "forged": f"forged-{word}",
         "cli": sys.executable,
         "processes": LIMITS.processes,
@@ -111,6 +117,8 @@ async def scenery(base: Path, sandbox: Sandbox, uid: int | None) -> AsyncIterato
         "shm": LIMITS.shm_bytes,
         "file": LIMITS.file_bytes,
         "disk": LIMITS.disk_bytes,
+        "inodes": LIMITS.disk_inodes,
+        "cores": LIMITS.cpu_share,
     }
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.bind(("127.0.0.1", 0))
