@@ -1,6 +1,6 @@
 """`python -m bench [--quick] [suite …]`: measure, print tables, write `bench/results/<suite>.json`.
 
-Suites: engine, alone, idle, broker, limits, sessions; all of them when none is named. `--write-docs` writes
+Suites: engine, alone, idle, broker, limits, sessions; all of them when none is named (with `--quick` the first four). `--write-docs` writes
 `docs/benchmarks.md` from the results that are there (after a run, if suites are named or `--run` is given).
 """
 
@@ -32,6 +32,9 @@ async def _with_scene(
     async with engine.scene(quick=options.quick, progress=progress, source=options.source) as at:
         return await measure(at)
 
+
+_SLOW = frozenset({"limits", "sessions"})
+"""Not part of a quick run unless they are named."""
 
 Suite = Callable[[argparse.Namespace, Progress], Awaitable[Findings]]
 
@@ -71,6 +74,7 @@ async def _run(options: argparse.Namespace, console: Console) -> int:
             "suite": name,
             **now,
             "seconds": round(time.perf_counter() - began, 1),
+            "load_after": round(os.getloadavg()[0], 2),
             "quick": options.quick,
             "machine": facts,
             "figures": [figure.to_json() for figure in found.figures],
@@ -94,7 +98,8 @@ def main() -> int:
     if unknown := set(options.suites) - set(SUITES):
         parser.error(f"there is no suite {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     only_docs = options.write_docs and not options.suites
-    options.suites = options.suites or names
+    quick_names = [name for name in names if name not in _SLOW]
+    options.suites = options.suites or (quick_names if options.quick else names)
     console = Console() if sys.stdout.isatty() else Console(width=140)
     code = 0
     if not only_docs:

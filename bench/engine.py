@@ -109,7 +109,7 @@ async def turns(at: Scene, found: Findings) -> None:
 
 async def first_answers(at: Scene, found: Findings) -> None:
     """A new caller while spares wait, and without any; the floor in the same three states."""
-    rounds = 3 if at.quick else 8
+    rounds = 2 if at.quick else 8
     seen: dict[str, list[Reply]] = {"spare": [], "refilling": [], "cold": []}
     raw: dict[str, list[Timing]] = {"spare": [], "primed": [], "cold": []}
     async with contextlib.AsyncExitStack() as stack:
@@ -192,8 +192,8 @@ async def first_answers(at: Scene, found: Findings) -> None:
 
 
 async def many(at: Scene, found: Findings) -> None:
-    """32 new callers at once; then turns per second of 8 and of 32 conversations."""
-    callers = 32
+    """32 new callers at once (a quick run: 16); then turns per second of 8 and of as many conversations."""
+    callers = 16 if at.quick else 32
     sizes = (8, callers)
     blocks, seconds = (2, 1.5) if at.quick else (6, 2.0)
     async with contextlib.AsyncExitStack() as stack:

@@ -16,7 +16,7 @@ from bench.processes import calm, cpu_seconds, exact_cpu_seconds, memory_mb
 
 async def measure(at: Scene) -> Findings:
     """One server whose conversations pass through all three states."""
-    count, freeze, idle, window, wakes = (6, 5, 12, 2.0, 2) if at.quick else (20, 10, 24, 4.0, 4)
+    count, freeze, idle, window, wakes = (6, 4, 8, 1.5, 2) if at.quick else (20, 10, 24, 4.0, 4)
     found = Findings()
     states: dict[str, dict[str, float]] = {}
     async with contextlib.AsyncExitStack() as stack:

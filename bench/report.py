@@ -96,7 +96,7 @@ def _circumstances(result: dict[str, Any]) -> str:
     sandbox = result["raw"].get("sandbox")
     return (
         f"{result['date']}, {'quick run' if result['quick'] else 'full run'} of {result['seconds']:.0f} s, "
-        f"load average before it {result['load'][0]:g}"
+        f"load average {result['load'][0]:g} before and {result.get('load_after', 0):g} after it"
         + (f", sandbox `{sandbox}`" if sandbox else "")
         + ". Medians [p95]."
     )

@@ -94,6 +94,8 @@ def _plain(raw: dict[str, Any]) -> Findings:
     return Findings(figures, {"output": raw})
 
 
+_COUNTS = {"rows", "hourly_rows", "lines"}
+"""What was measured, not how much it took."""
 _UNITS = {"us": "µs", "ms": "ms", "s": "s", "mb": "MB", "bytes": "B"}
 
 
@@ -101,6 +103,8 @@ def _numbers(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, floa
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _numbers(inner, (*path, str(name)))
+    elif path and path[-1] in _COUNTS:
+        return
     elif isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
         *words, last = path[-1].split("_")
         unit = _UNITS.get(last, "")
