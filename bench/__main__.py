@@ -76,6 +76,7 @@ async def _run(options: argparse.Namespace, console: Console) -> int:
             "seconds": round(time.perf_counter() - began, 1),
             "load_after": round(os.getloadavg()[0], 2),
             "quick": options.quick,
+            "other_source": options.source is not None,
             "machine": facts,
             "figures": [figure.to_json() for figure in found.figures],
             "raw": found.raw,

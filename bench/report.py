@@ -98,6 +98,7 @@ def _circumstances(result: dict[str, Any]) -> str:
         f"{result['date']}, {'quick run' if result['quick'] else 'full run'} of {result['seconds']:.0f} s, "
         f"load average {result['load'][0]:g} before and {result.get('load_after', 0):g} after it"
         + (f", sandbox `{sandbox}`" if sandbox else "")
+        + (", **not of this checkout: a changed copy was measured**" if result.get("other_source") else "")
         + ". Medians [p95]."
     )
 
