@@ -501,6 +501,10 @@ class Link:
             return f"what the Claude process wrote could not be handled: {fault!r}"
         return "the Claude process closed its output and went on running"
 
+    def condemn(self, error: WrapperError) -> None:
+        """End the process now; whoever waits for it gets this error."""
+        self._break(error)
+
     def _break(self, error: WrapperError) -> None:
         """It did what it must not do: no more turns, and the end, now."""
         if self._state not in USABLE:

@@ -7,7 +7,6 @@ report is frozen and serves the log, `claude-wrapper doctor` and `GET /v1/securi
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -130,7 +129,7 @@ def probe(path: str = commands.SYSTEM_PATH) -> HostReport:
         findings=(
             *(_bwrap(works, why_not, tools), _userns(strict, why_not_strict), _uids(uids, why_no_uids)),
             *(_landlock(abi), _filter(restricted, why_not_restricted), *_cgroups(list(hierarchies))),
-            *(_openat2(), _disk(tools), _init(os.getpid())),
+            *(_openat2(), _disk(), _init(os.getpid())),
         ),
         unavailable=unavailable,
         tools=tools,
@@ -284,18 +283,11 @@ def _openat2() -> Finding:
     )
 
 
-def _disk(tools: Tools) -> Finding:
-    loops = Path("/dev/loop-control").exists() and os.access("/dev/loop-control", os.W_OK)
-    works = loops and os.geteuid() == 0 and shutil.which("mkfs.ext4", path=commands.SYSTEM_PATH) is not None
+def _disk() -> Finding:
     return Finding(
-        *(
-            "disk",
-            "a file system of limited size for each slot",
-            works,
-            "loop devices and mkfs.ext4 are there" if works else "not possible",
-        ),
-        "disk use is measured after the fact: an agent can fill the disk faster than it is noticed",
-        f"a root server with CAP_SYS_ADMIN and /dev/loop-control (kernel {platform.release()}), and e2fsprogs",
+        *("disk", "a disk limit that the kernel enforces", False, "home and workspace are measured every few seconds"),
+        "between two looks an agent can write as fast as the disk takes; then it is stopped with the limit's name",
+        "put the data directory on a file system of its own: a full one then harms nothing else of the host",
     )
 
 

@@ -32,6 +32,7 @@ from claude_wrapper.sandbox.files import empty_tree, remove_tree
 from claude_wrapper.sandbox.port import SOCKET_NAME, Containment, Level, Limits, Sandbox, SlotDirs
 from claude_wrapper.sandbox.staging import reachable_cli
 from claude_wrapper.sandbox.uids import UidAllocator
+from claude_wrapper.sessions.diskguard import guard_disk
 
 log = structlog.get_logger(__name__)
 
@@ -83,6 +84,8 @@ class SlotProcess:
     """Opens the process's way to the network; None: it has none."""
     egress_lists: EgressLists | None = None
     egress: Egress | None = None
+    guarding: asyncio.Task[None] | None = None
+    """Looks after the size of the workspace of a process with tools."""
 
     async def reach(self, org: str) -> None:
         """Let the process reach what this organisation may reach, and nothing else. After it has been initialised."""
@@ -151,6 +154,8 @@ class SlotProcess:
     async def stop(self, reason: str) -> None:
         """End the process and everything that belongs to its slot. May be called again when it failed half-way."""
         del reason
+        if self.guarding is not None:
+            self.guarding.cancel()
         await self.agent.stop(grace=_STOP_SECONDS)  # the CLI writes its transcript out when its input ends
         await self.endpoint.close()
         if self.egress is not None:
@@ -283,6 +288,10 @@ class ProcessFactory:
             await agent.initialize(system_prompt=[SYSTEM_PLACEHOLDER])
             with endpoint.prime():
                 await agent.prime(self._ids.uuid())
+        guarding = None
+        if profile.tools != ():
+            watch = guard_disk(slot, dirs, self._limits, self._clock, agent.condemn)
+            guarding = asyncio.get_running_loop().create_task(watch, name=f"disk-{slot}")
         return SlotProcess(
             slot=slot,
             profile=profile,
@@ -298,6 +307,7 @@ class ProcessFactory:
             confined_to=layout.work if self._sandbox.level is Level.NONE else None,
             open_network=self._open_network if networked else None,
             egress_lists=self._egress,
+            guarding=guarding,
         )
 
     async def _open_network(self, process: SlotProcess) -> Egress | None:
