@@ -227,7 +227,7 @@ async def test_what_the_gate_refuses_ends_the_call_and_nothing_is_booked(
     last = process.endpoint.last_error
     assert last is not None
     assert (last.status, last.error_type, last.attempts) == (status, kind, 0)
-    assert await process.endpoint.end() == ()
+    assert [(call.status, call.attempts) for call in await process.endpoint.end()] == [(status, 0)]
     assert world.books.recorded == []
     assert world.books.balanced
     assert not world.upstream.requests

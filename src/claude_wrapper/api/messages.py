@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from claude_wrapper.api import errors, sse
 from claude_wrapper.api.bodies import read_body
+from claude_wrapper.api.deadlines import turn_seconds
 from claude_wrapper.api.state import Deps, deps_of
 from claude_wrapper.api.translate import Translated, owner_of, pooled_turn, turn_for
 from claude_wrapper.errors import AuthenticationFailed, InvalidRequest, WrapperError
@@ -61,6 +62,8 @@ async def _translate(request: Request, deps: Deps, parsed: MessagesRequest) -> T
     api_version = request.headers.get("anthropic-version", "")
     thread = _thread(parsed, principal, deps)
     translated = turn_for(parsed, principal, credential, deps, api_version=api_version)
+    seconds = turn_seconds(request.headers, translated.turn.turn_seconds, streamed=bool(parsed.stream))
+    translated = replace(translated, turn=replace(translated.turn, turn_seconds=seconds))
     if thread is None:
         return translated
     return replace(translated, thread=thread, turn=replace(translated.turn, history=tuple(thread.messages)))
@@ -100,6 +103,7 @@ async def _principal(request: Request, deps: Deps, parsed: MessagesRequest) -> P
 
 async def _submit(request: Request, deps: Deps, parsed: MessagesRequest, translated: Translated) -> tuple[Leg, Started]:
     deps.refuse_when_draining()
+    deps.refuse_while_shut(translated.turn.credential)
     if parsed.session_id is not None and translated.thread is None:
         await deps.sessions.doors.admit(translated.principal, translated.owner, parsed.session_id)
     admitted = deps.tenants.admission.admit(translated.principal, Facts(session=parsed.session_id))

@@ -123,6 +123,8 @@ class Deps:
     security_report: Callable[[], dict[str, Any]]
     health: Callable[[], Awaitable[dict[str, Any]]]
     metrics: Metrics
+    refuse_while_shut: Callable[[Credential], None]
+    """Raises UpstreamUnavailable while the circuit breaker of this credential's upstream is open."""
     protect: Callable[[], None]
     """Raises PoolOverloaded while a new turn would endanger those that run."""
     lifecycle: Lifecycle

@@ -257,6 +257,7 @@ async def running_server(
         await pool.start()
         stack.push_async_callback(tasks.settle, 5.0)
         stack.push_async_callback(pool.close, 5.0)
+        stack.push_async_callback(sessions.close)
         upkeep = tasks.spawn(_sweep(conversations, clock, settings.sweep_seconds))
         stack.callback(upkeep.cancel)  # before the tasks are waited for: it never ends by itself
         private = _networks(settings.private_networks)
@@ -315,6 +316,7 @@ async def running_server(
             security_report=lambda: security_report(sandbox, policy, report),
             health=health.report,
             metrics=telemetry.metrics,
+            refuse_while_shut=broker.refuse_while_shut,
             protect=telemetry.protection(settings, memory),
             lifecycle=lifecycle,
             clock=clock,

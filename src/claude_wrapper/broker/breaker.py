@@ -93,6 +93,10 @@ class Breaker:
         """Seconds until asking makes sense."""
         return 0.0 if self._state is State.CLOSED else max(1.0, self._until - now)
 
+    def shut(self, now: float) -> bool:
+        """Whether `ask` would refuse now. Changes nothing."""
+        return self._state is State.HALF_OPEN or (self._state is State.OPEN and now < self._until)
+
     def report(self, permit: Permit, verdict: Verdict, now: float) -> None:
         """What came of a permit. A probe's verdict decides; a straggler's counts only while the breaker is closed."""
         if permit.epoch != self._epoch:

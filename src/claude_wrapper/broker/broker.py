@@ -10,7 +10,7 @@ from pathlib import Path
 
 from claude_wrapper.broker.breaker import BreakerView
 from claude_wrapper.broker.bridge import McpBridge
-from claude_wrapper.broker.calls import CallSink, Gate, Observer
+from claude_wrapper.broker.calls import CallSink, Credential, Gate, Observer
 from claude_wrapper.broker.egress import Egress, EgressSettings
 from claude_wrapper.broker.endpoint import Endpoint
 from claude_wrapper.broker.hosts import Resolver
@@ -23,7 +23,7 @@ from claude_wrapper.broker.settings import BrokerSettings
 from claude_wrapper.broker.sockets import bind_private
 from claude_wrapper.broker.upstream import Upstream
 from claude_wrapper.clock import Clock
-from claude_wrapper.errors import ConfigurationError, Conflict
+from claude_wrapper.errors import ConfigurationError, Conflict, UpstreamUnavailable
 from claude_wrapper.ids import Ids
 
 SOCKET_BASE_URL = "http://broker.invalid"
@@ -129,6 +129,15 @@ class Broker:
     def mcp_bridge(self, server: McpServer) -> McpBridge:
         """A conversation with a remote MCP server for the CLI's `mcp_message` requests; the caller closes it."""
         return McpBridge(self._means.mcp, server)
+
+    def refuse_while_shut(self, credential: Credential) -> None:
+        """Raise UpstreamUnavailable while the breaker of this upstream and credential is open: before work is begun."""
+        seconds = self._means.lines.shut(credential)
+        if seconds is not None:
+            raise UpstreamUnavailable(
+                "the model API has failed several times in a row for this credential; it is not asked until it has had a rest",
+                retry_after=seconds,
+            )
 
     def breakers(self) -> tuple[BreakerView, ...]:
         """Breakers that have seen failures."""

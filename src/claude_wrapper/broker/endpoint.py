@@ -10,7 +10,7 @@ from typing import Any
 
 from claude_wrapper import ids
 from claude_wrapper.broker import bodies, canned, inject, mcp, policy
-from claude_wrapper.broker.calls import Binding, TurnContext, UpstreamCall
+from claude_wrapper.broker.calls import DONE_BY_CLIENT, Binding, TurnContext, UpstreamCall
 from claude_wrapper.broker.exchange import Exchange, Order
 from claude_wrapper.broker.http1 import Connection, Handler, Head, Reply
 from claude_wrapper.broker.mcp import McpAsk, McpServer
@@ -106,12 +106,16 @@ class Endpoint:
         self._last_error = None
 
     async def end(self) -> tuple[UpstreamCall, ...]:
-        """The turn is over: cut what is in flight, wait until all is settled, return the turn's calls in order."""
+        """The turn is over: cut what is in flight, wait until all is settled, return the turn's calls in order.
+
+        Calls that the broker refused are among them (`attempts` 0): they say why, and when to come back.
+        """
         exchanges = list(self._of_turn)
         self._turn = None
         self._replay = None
         await self._stop(exchanges)
-        return tuple(exchange.call for exchange in exchanges if exchange.call is not None and exchange.call.attempts)
+        calls = [exchange.call for exchange in exchanges if exchange.call is not None]
+        return tuple(call for call in calls if call.attempts or call.status != DONE_BY_CLIENT)
 
     async def cancel_calls(self) -> None:
         """Cut what is in flight (the caller has gone); the turn goes on."""

@@ -41,6 +41,10 @@ class Line:
         """Seconds until the breaker lets a probe through."""
         return self._breaker.retry_after(self._clock.monotonic())
 
+    def shut(self) -> float | None:
+        """Seconds until asking makes sense, while the breaker refuses."""
+        return self.retry_after() if self._breaker.shut(self._clock.monotonic()) else None
+
     def view(self) -> BreakerView:
         breaker = self._breaker
         return BreakerView(self.upstream, self.credential_id, breaker.state, breaker.failures, self.retry_after())
@@ -75,6 +79,11 @@ class Lines:
         else:
             self._lines.move_to_end(key)
         return line
+
+    def shut(self, credential: Credential) -> float | None:
+        """Seconds until asking makes sense, while the breaker of this credential refuses; None: it may be asked."""
+        line = self._lines.get((credential.base_url, credential.id))
+        return line.shut() if line is not None else None
 
     def views(self) -> tuple[BreakerView, ...]:
         """The breakers that are not in their initial state."""
