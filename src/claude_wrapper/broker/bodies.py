@@ -163,7 +163,7 @@ def _system(body: Body, replacement: list[dict[str, Any]] | None) -> list[Any] |
 def _without_image_notes(raw: msgspec.Raw | None) -> list[Any] | None:
     """The messages without what the CLI adds to a user's images, or None when there is nothing of it.
 
-    For each image it appends a text block with the path of its own copy, and a newline to the text after the image
+    For each image it appends a text block with the path of its own copy, and a newline to the text before its own
     (seen with 2.1.327). A chat process stands for a plain model, which is asked what the caller asked.
     """
     if raw is None or _IMAGE_NOTE_BYTES not in bytes(raw):
@@ -177,10 +177,10 @@ def _without_image_notes(raw: msgspec.Raw | None) -> list[Any] | None:
         if not notes:
             continue
         kept = [block for block in content if not _is_image_note(block)]
-        for before, block in pairwise(kept):
+        for block, note in pairwise(content):
             text = block.get("text")
-            if before.get("type") == "image" and isinstance(text, str) and text.endswith("\n"):
-                block["text"] = text[:-1]
+            if _is_image_note(note) and not _is_image_note(block) and isinstance(text, str):
+                block["text"] = text.removesuffix("\n")
         if "cache_control" in notes[-1] and kept:
             kept[-1].setdefault("cache_control", notes[-1]["cache_control"])
         message["content"] = kept
