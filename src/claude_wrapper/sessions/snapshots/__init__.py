@@ -1,0 +1,14 @@
+"""Snapshots of a session's transcript and workspace, so that it outlives its process, its server and its machine."""
+
+from __future__ import annotations
+
+from claude_wrapper.sessions.snapshots.store import (
+    Collected,
+    Progress,
+    Restored,
+    Snapshot,
+    SnapshotSettings,
+    SnapshotStore,
+)
+
+__all__ = ["Collected", "Progress", "Restored", "Snapshot", "SnapshotSettings", "SnapshotStore"]
