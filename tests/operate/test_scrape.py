@@ -162,6 +162,9 @@ async def test_metrics_need_the_operators_key_unless_they_are_public(reachable_t
 
 
 async def test_public_metrics_need_no_key(reachable_tmp_path: Path) -> None:
-    async with running(reachable_tmp_path, spares=0, metrics_public=True) as server:
-        async with aiohttp.ClientSession(server.url) as stranger, stranger.get("/api/metrics") as response:
-            assert response.status == 200
+    async with (
+        running(reachable_tmp_path, spares=0, metrics_public=True) as server,
+        aiohttp.ClientSession() as stranger,
+    ):
+        response = await stranger.get(f"{server.url}/api/metrics")
+        assert response.status == 200

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -144,8 +144,19 @@ class Server:
     data_dir: Path
     sandbox_level: str
     security_level: str
+    telemetry: Telemetry
     new_admin_key: str | None = None
     requests: InFlight = field(default_factory=InFlight)
+
+    def reload(self, read: Callable[[], Settings]) -> None:
+        """Take over what can change at run time. Settings that cannot be read change nothing, and the log says why."""
+        try:
+            settings = read()
+        except ConfigurationError as error:
+            log.error("settings.not_reloaded", cause=error.message)
+            return
+        self.telemetry.reload(settings)
+        log.warning("settings.reloaded", log_level=settings.log_level)
 
     async def drain(self, seconds: float, cut: asyncio.Event) -> None:
         """Take no new work; return when all requests and turns have ended, after `seconds`, or when `cut` is set."""
@@ -241,7 +252,9 @@ async def running_server(
         keeper.conversations = conversations
         credentials = UpstreamCredentials(tenants.resolver, settings.upstream_url, allow_oauth=settings.allow_oauth)
         turn_seconds = settings.turn_seconds or policy.limits.turn_seconds
-        books = Books(tenants.database, EventLog(tenants.database, tenants.state, clock, ids), tenants.state, clock, ids)
+        books = Books(
+            tenants.database, EventLog(tenants.database, tenants.state, clock, ids), tenants.state, clock, ids
+        )
         sessions = ManagedSessions(
             books,
             Doors(
@@ -336,6 +349,7 @@ async def running_server(
             security_level=policy.level.value,
             new_admin_key=tenants.new_operator_key,
             requests=flight,
+            telemetry=telemetry,
         )
 
 

@@ -75,9 +75,7 @@ class Telemetry:
             redactor=self.redactor,
             clock=clock,
             fields={"version": version},
-            sample={"request.completed": settings.log_sample, "turn.completed": settings.log_sample}
-            if settings.log_sample < 1
-            else {},
+            sample=_sample(settings),
             on_line=lambda level: self.metrics.log_lines.inc(level=level),
             on_drop=self.metrics.log_lines_dropped.inc,
         )
@@ -157,6 +155,11 @@ class Telemetry:
         await self.tracer.close()
         self.logs.close()
 
+    def reload(self, settings: Settings) -> None:
+        """Take over what can change at run time: the level and the sampling of logs."""
+        self.logs.set_level(settings.log_level)
+        self.logs.set_sample(_sample(settings))
+
     # Sources -------------------------------------------------------------------------------------------------------------
 
     def follow(self, pool: Pool[SlotProcess], conversations: Conversations, broker: Broker, tenants: Tenants) -> None:
@@ -227,6 +230,12 @@ class Telemetry:
 def _refusal(error: AuthenticationFailed) -> str:
     """The reason as a label's value, from our own message."""
     return next((reason for reason in ("expired", "revoked") if reason in error.message), "unknown")
+
+
+def _sample(settings: Settings) -> dict[str, float]:
+    if settings.log_sample >= 1:
+        return {}
+    return dict.fromkeys(("request.completed", "turn.completed", "upstream.completed"), settings.log_sample)
 
 
 def _secrets(settings: Settings) -> list[str]:

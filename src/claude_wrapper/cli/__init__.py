@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from claude_wrapper import __version__
+from claude_wrapper.cli.admin import admin, migrate
 from claude_wrapper.errors import WrapperError
 
 
@@ -45,8 +46,10 @@ def serve(config: Path | None, host: str | None, port: int | None, data_dir: Pat
     from claude_wrapper import config as settings
     from claude_wrapper.cli.serve import run
 
-    loaded = settings.load(os.environ, file=config, host=host, port=port, data_dir=data_dir)
-    sys.exit(run(loaded))
+    def load() -> settings.Settings:
+        return settings.load(os.environ, file=config, host=host, port=port, data_dir=data_dir)
+
+    sys.exit(run(load(), reload=load))
 
 
 @main.command()
@@ -66,3 +69,7 @@ def doctor(config: Path | None) -> None:
     from claude_wrapper.cli.doctor import run
 
     sys.exit(run(settings.load(os.environ, file=config)))
+
+
+main.add_command(admin)
+main.add_command(migrate)

@@ -23,9 +23,9 @@ _CUT_SECONDS = 2
 """After the drain, connections that are still open get this long to be closed."""
 
 
-def run(settings: Settings) -> int:
-    """Serve until a signal. Returns the exit code."""
-    return asyncio.run(serve(settings, announce=_announce))
+def run(settings: Settings, *, reload: Callable[[], Settings] | None = None) -> int:
+    """Serve until a signal. Returns the exit code. `reload` reads the settings again, on SIGHUP."""
+    return asyncio.run(serve(settings, announce=_announce, reload=reload))
 
 
 async def serve(
@@ -33,6 +33,7 @@ async def serve(
     *,
     announce: Callable[[str, Server], None],
     stop: asyncio.Event | None = None,
+    reload: Callable[[], Settings] | None = None,
 ) -> int:
     """Serve until `stop` is set or a signal arrives."""
     listener = _listen(settings.host, settings.port)
@@ -60,6 +61,8 @@ async def serve(
                 server_header=False,
             )
         )
+        if reload is not None:
+            loop.add_signal_handler(signal.SIGHUP, lambda: server.reload(reload))
         http.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         serving = asyncio.ensure_future(_serve_without_signals(http, listener))
         announce(f"http://{host}:{port}", server)
@@ -70,7 +73,7 @@ async def serve(
             await server.drain(settings.drain_seconds, cut)
             http.should_exit = True
         await serving
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.remove_signal_handler(number)
     return 0
 
@@ -82,7 +85,8 @@ async def _serve_without_signals(http: uvicorn.Server, listener: socket.socket) 
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named so that asyncio switches Nagle off: else each streamed answer waits 40 ms for an ack.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -1,0 +1,1 @@
+"""Realistic load with faults from a seed, and what must hold at its end."""
