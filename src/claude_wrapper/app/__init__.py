@@ -26,7 +26,7 @@ from claude_wrapper.api.credentials import UpstreamCredentials
 from claude_wrapper.api.reports import Health, security_report
 from claude_wrapper.api.state import ApiSettings, Deps
 from claude_wrapper.app import checks
-from claude_wrapper.app.resources import resource_means
+from claude_wrapper.app.resources import purge_expired_files, resource_means
 from claude_wrapper.app.telemetry import Telemetry
 from claude_wrapper.app.tenants import running_tenants
 from claude_wrapper.auth.authenticate import Authenticator, digest
@@ -275,6 +275,8 @@ async def running_server(
         stack.callback(upkeep.cancel)  # before the tasks are waited for: it never ends by itself
         private = _networks(settings.private_networks)
         resources = resource_means(settings, data_dir, tenants, clock, ids, permitted=private)
+        cleaning = tasks.spawn(purge_expired_files(resources, clock, settings.sweep_seconds))
+        stack.callback(cleaning.cancel)
         authenticator = Authenticator(
             tenants.keyring,
             operator_digest=digest(settings.admin_key) if settings.admin_key else None,

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import structlog
+
 from claude_wrapper.app.tenants import Tenants
 from claude_wrapper.broker.addresses import Network
 from claude_wrapper.clock import Clock
 from claude_wrapper.config import Settings
+from claude_wrapper.errors import StorageUnavailable
 from claude_wrapper.ids import Ids
+from claude_wrapper.sessions.resources.files import purge_expired
 from claude_wrapper.sessions.resources.means import ResourceMeans
 from claude_wrapper.sessions.resources.outward import HttpOutward
 from claude_wrapper.storage.blobs import BlobStore, open_blobs, open_directory
 from claude_wrapper.vault.secretstore import SecretStore
+
+log = structlog.get_logger(__name__)
 
 
 def resource_means(
@@ -26,6 +32,16 @@ def resource_means(
         secrets=SecretStore(tenants.database, tenants.org_keys, clock, ids),
         outward=HttpOutward(permitted=permitted),
     )
+
+
+async def purge_expired_files(means: ResourceMeans, clock: Clock, seconds: float) -> None:
+    """Upkeep, until it is cancelled: files whose time is over leave the blob store."""
+    while True:
+        await clock.sleep(seconds)
+        try:
+            await purge_expired(means.db, means.blobs, clock)
+        except StorageUnavailable as error:
+            log.warning("files.expired_not_purged", cause=error.message)
 
 
 def _blobs(url: str | None, data_dir: Path) -> BlobStore:
