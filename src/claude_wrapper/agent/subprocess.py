@@ -107,6 +107,7 @@ class ProcessTransport:
         self._exit = self._loop.create_future()  # resolved when the process has ended; it may still be a zombie
         self._pidfd: int | None = None
         self._returncode: int | None = None
+        self._main_pid: int | None = None
         self._stopping: asyncio.Task[ExitReport] | None = None
         self._stdout: asyncio.StreamReader
         self._stdout_protocol: _StdoutProtocol | None = None
@@ -156,7 +157,12 @@ class ProcessTransport:
     @property
     def main_pid(self) -> int:
         """The CLI itself, which a sandbox may have put behind helpers."""
-        return self._sandbox.main_pid(self.pid) if self._returncode is None else self.pid
+        if self._main_pid is None and self._returncode is None:
+            found = self._sandbox.main_pid(self.pid)
+            if found == self.pid:
+                return found  # not behind helpers, or not yet
+            self._main_pid = found
+        return self._main_pid if self._main_pid is not None else self.pid
 
     @property
     def returncode(self) -> int | None:

@@ -46,7 +46,7 @@ from claude_wrapper.tenancy.bootstrap import ensure_operator
 from claude_wrapper.tenancy.keyformat import Pepper
 from claude_wrapper.tenancy.keyring import KeyRing
 from claude_wrapper.tenancy.principal import Principal, operator
-from claude_wrapper.usage import Ledger, LedgerCounts, PriceBook, Reports, Spill, from_file, packaged
+from claude_wrapper.usage import Ledger, LedgerCounts, LedgerSettings, PriceBook, Reports, Spill, from_file, packaged
 from claude_wrapper.usage.prices import CHANNEL as PRICES_CHANNEL
 from claude_wrapper.vault.credentials import CHANNEL as VAULT_CHANNEL
 from claude_wrapper.vault.credentials import Rules
@@ -59,6 +59,8 @@ log = structlog.get_logger(__name__)
 
 _LAST_USED_SECONDS: Final = 30.0
 _SPILL_ID: Final = "spill"
+MASTER_KEY_FILE: Final = "master.key"
+"""In the data directory, unless a setting gives the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +102,14 @@ class LoggedAlerts:
 async def running_tenants(settings: Settings, data_dir: Path, clock: Clock, ids: Ids) -> AsyncIterator[Tenants]:
     """Raises ConfigurationError, StorageUnavailable or VaultSealed when it cannot start, with the reason."""
     async with contextlib.AsyncExitStack() as stack:
-        database = Database(settings.database_url or f"sqlite:///{data_dir / 'claude-wrapper.db'}", clock=clock)
+        database = Database(database_url_of(settings, data_dir), clock=clock)
         stack.push_async_callback(database.close)
         await migrations.prepare(database)
         state: SharedState = RedisState(settings.redis_url, prefix="cw:") if settings.redis_url else MemoryState(clock)
         stack.push_async_callback(state.close)
-        master = _master_key(settings, data_dir)
+        master = master_key_of(settings, data_dir)
         await unseal(database, master, clock)
-        pepper = Pepper(_pepper(settings, data_dir))
+        pepper = Pepper(pepper_of(settings, data_dir))
         scribe = Scribe(clock, ids)
         async with database.transaction() as tx:
             boot = await ensure_operator(tx, scribe, pepper)
@@ -150,7 +152,9 @@ async def running_tenants(settings: Settings, data_dir: Path, clock: Clock, ids:
             counts=limit_counts,
         )
         spill = Spill(data_dir / "ledger-spill", ids.new(_SPILL_ID))
-        ledger = Ledger(database, prices, spill, clock, counts=ledger_counts)
+        ledger = Ledger(
+            database, prices, spill, clock, settings=LedgerSettings(linger_seconds=0.01), counts=ledger_counts
+        )
         stack.push_async_callback(ledger.close)
         stack.push_async_callback(_save_last_used, keyring)
         for upkeep in (
@@ -222,16 +226,22 @@ def _limit_settings(settings: Settings) -> LimitSettings:
     )
 
 
-def _master_key(settings: Settings, data_dir: Path) -> MasterKey:
+def database_url_of(settings: Settings, data_dir: Path) -> str:
+    """Where the database is."""
+    return settings.database_url or f"sqlite:///{data_dir / 'claude-wrapper.db'}"
+
+
+def master_key_of(settings: Settings, data_dir: Path) -> MasterKey:
+    """The vault's master key; made at the first start of all. Raises ConfigurationError."""
     if settings.master_key:
         return LocalMasterKey(parse_keys(settings.master_key, source="CLAUDE_WRAPPER_MASTER_KEY"))
-    path = data_dir / "master.key"
+    path = data_dir / MASTER_KEY_FILE
     with contextlib.suppress(FileExistsError):
         create_key_file(path)
     return LocalMasterKey(read_key_file(path))
 
 
-def _pepper(settings: Settings, data_dir: Path) -> bytes:
+def pepper_of(settings: Settings, data_dir: Path) -> bytes:
     """The secret that API keys are stored under: replicas must share it."""
     if settings.key_pepper:
         return settings.key_pepper.encode()

@@ -106,8 +106,9 @@ class Endpoint:
         self._last_error = None
 
     async def end(self) -> tuple[UpstreamCall, ...]:
-        """The turn is over: cut what is in flight, wait until all is settled, return the turn's calls in order.
+        """The turn is over: cut what is in flight, return the turn's calls in order.
 
+        Books of calls whose outcome is known are written meanwhile: the next turn does not wait for the ledger.
         Calls that the broker refused are among them (`attempts` 0): they say why, and when to come back.
         """
         exchanges = list(self._of_turn)
@@ -163,10 +164,12 @@ class Endpoint:
         await self._on_close(self)
 
     async def _stop(self, exchanges: list[Exchange]) -> None:
-        for exchange in exchanges:
-            if exchange.call is None and not (exchange.answered and await exchange.wait(_CLOSING_GRACE)):
+        unknown = [exchange for exchange in exchanges if exchange.call is None]
+        for exchange in unknown:
+            if not (exchange.answered and await exchange.wait(_CLOSING_GRACE)):
                 exchange.cancel()
-        await asyncio.gather(*(exchange.wait(self._means.settings.finish_seconds) for exchange in exchanges))
+        if unknown:
+            await asyncio.gather(*(exchange.wait(self._means.settings.finish_seconds) for exchange in unknown))
 
     # The listener's side (http1.Front and http1.Handler) ----------------------------------------------------------------
 

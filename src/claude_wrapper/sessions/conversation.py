@@ -110,6 +110,8 @@ class Conversation:
         self.last_used: float = rooms.clock.monotonic()
         self.messages: list[Message] = []
         """The history as its caller knows it."""
+        self.keyed: tuple[int, str] | None = None
+        """How many of the messages are hashed already, and their key: a long history is not hashed twice a turn."""
         self.head: str | None = None
         """Id of the last message that was answered."""
         self.thread_fields: Mapping[str, Any] = {}
@@ -208,6 +210,11 @@ class Conversation:
         if running is not None:
             until = None if seconds is None else asyncio.get_running_loop().time() + seconds
             running.deadline.reschedule(until)
+
+    def doubt(self) -> None:
+        """The running turn's process no longer holds what happened: it is not used again."""
+        if self._running is not None:
+            self._running.suspended = True
 
     async def suspend(self) -> None:
         """End the running turn without an end of its own: it is continued in another process."""

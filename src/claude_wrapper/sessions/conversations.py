@@ -26,7 +26,7 @@ from claude_wrapper.sessions.conversation import Conversation, Rooms
 from claude_wrapper.sessions.leg import Leg
 from claude_wrapper.sessions.process import Resume, SlotProcess
 from claude_wrapper.sessions.spec import Message, Owner, TurnInput
-from claude_wrapper.wire.history import history_key
+from claude_wrapper.wire.history import HistoryHash, history_key
 
 _KEPT_SECONDS: Final = 60.0
 
@@ -73,6 +73,7 @@ class Conversations:
         results = tool_results(turn_input.content)
         conversation = self._named(owner, name) if name else self._continued(owner, history, results)
         if name:
+            conversation.keyed = None
             history = self._known_history(conversation, owner, turn_input, history)
         return conversation, self._run(conversation, replace(turn_input, history=history), results)
 
@@ -154,12 +155,20 @@ class Conversations:
 
     def _continued(self, owner: Owner, history: Sequence[Message], results: Sequence[Any]) -> Conversation:
         """The idle conversation with exactly this history, else a new one."""
-        waiting = self._by_history.get(self._key(owner, history)) if history else None
+        key = self._key(owner, history) if history else None
+        waiting = self._by_history.get(key) if key is not None else None
+        conversation = self._free(waiting or (), results) or self._new(owner, held=False)
+        conversation.keyed = (len(history), key) if key is not None else None
+        return conversation
+
+    @staticmethod
+    def _free(waiting: Sequence[Conversation], results: Sequence[Any]) -> Conversation | None:
+        """The one that was settled last and may be continued."""
         for conversation in reversed(waiting or ()):
             if conversation.ended or (conversation.awaiting_tools and not results):
                 continue  # a parked turn is continued by its tool results only
             return conversation
-        return self._new(owner, held=False)
+        return None
 
     def _known_history(
         self, conversation: Conversation, owner: Owner, turn_input: TurnInput, history: Sequence[Message]
@@ -201,7 +210,7 @@ class Conversations:
 
     @staticmethod
     def _key(owner: Owner, history: Sequence[Message]) -> str:
-        return history_key(history, salt=f"{owner.org}/{owner.principal}")
+        return history_key(history, salt=_salt(owner))
 
     def _index(self, conversation: Conversation) -> None:
         """The conversation settled: it can be found by its history again (a named one is found by name)."""
@@ -214,7 +223,9 @@ class Conversations:
             if not conversation.held and not conversation.busy and not conversation.messages:
                 self._forget(conversation)
             return
-        key = self._key(conversation.owner, conversation.messages)
+        count, known = conversation.keyed or (0, None)
+        hashed = HistoryHash.resume(known) if known else HistoryHash(_salt(conversation.owner))
+        key = hashed.extend(conversation.messages[count:]).key()
         self._by_history.setdefault(key, deque()).append(conversation)
         self._indexed[conversation.session] = key
 
@@ -303,6 +314,10 @@ class Conversations:
         if conversation.resume is not None:
             resume, conversation.resume = conversation.resume, None
             self._rooms.spawn(_remove(resume))
+
+
+def _salt(owner: Owner) -> str:
+    return f"{owner.org}/{owner.principal}"
 
 
 def tool_results(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:

