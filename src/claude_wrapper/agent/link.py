@@ -393,7 +393,7 @@ class Link:
     def _lifecycle(self, frame: Frame, record: Record | None) -> None:
         try:
             found = _LIFECYCLE.decode(frame.raw)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             raise MalformedFrame("the Claude process wrote an unreadable command_lifecycle") from None
         self._announced = True
         if record is not None and found.command_uuid == record.uuid:
@@ -403,7 +403,7 @@ class Link:
                 record.acknowledged.set()
 
     def _note_tools(self, frame: Frame) -> None:
-        with contextlib.suppress(msgspec.DecodeError):
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
             for block in _TOOL_CALLS.decode(frame.raw).message.content:
                 if (
                     block.type == "tool_use"
@@ -421,7 +421,7 @@ class Link:
     def _owns(self, frame: Frame, record: Record) -> bool:
         try:
             found = _RESULT_OWNER.decode(frame.raw)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             return True  # the fields have another shape now: one turn at a time, so it is ours
         if found.user_message_uuids:
             return record.uuid in found.user_message_uuids

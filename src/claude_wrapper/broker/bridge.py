@@ -111,7 +111,7 @@ class McpBridge:
 def _matching(data: bytes, wanted: Any) -> dict[str, Any] | None:
     try:
         value = msgspec.json.decode(data)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     is_response = isinstance(value, dict) and value.get("id") == wanted and ("result" in value or "error" in value)
     return value if is_response else None

@@ -72,7 +72,7 @@ def parse_reply(frame: Frame) -> Reply:
     """Raises MalformedFrame when a `control_response` has not the shape of one."""
     try:
         found = _REPLY.decode(frame.raw).response
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedFrame(f"the Claude process wrote an unreadable control_response: {error}") from None
     if found.subtype == "success":
         return Reply(found.request_id, found.response or {})
@@ -83,7 +83,7 @@ def parse_ask(frame: Frame) -> Ask:
     """Raises MalformedFrame when a `control_request` has not the shape of one."""
     try:
         found = _ASK.decode(frame.raw)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedFrame(f"the Claude process wrote an unreadable control_request: {error}") from None
     subtype = found.request.get("subtype")
     return Ask(found.request_id, subtype if isinstance(subtype, str) else "", found.request)
@@ -93,7 +93,7 @@ def parse_cancel(frame: Frame) -> str:
     """The id of the request that the CLI withdraws. Raises MalformedFrame."""
     try:
         return _CANCEL.decode(frame.raw).request_id
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedFrame(f"the Claude process wrote an unreadable control_cancel_request: {error}") from None
 
 

@@ -471,5 +471,5 @@ def _same_json(text: object, value: object) -> bool:
         return False
     try:
         return bool(msgspec.json.decode(text) == value)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False

@@ -215,7 +215,7 @@ _WITH_TOTALS = frozenset({"message_start", "message_delta", "message_stop", "err
 def _decode(data: bytes) -> Mapping[str, Any]:
     try:
         return _mapping(msgspec.json.decode(data))
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
 
 

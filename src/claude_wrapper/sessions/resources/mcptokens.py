@@ -293,7 +293,7 @@ def read_grant(answer: Posted) -> Grant | None:
     """What a token endpoint granted; None for a no. Pure."""
     try:
         decoded = msgspec.json.decode(answer.body)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     access = decoded.get("access_token") if isinstance(decoded, dict) else None
     if answer.status != 200 or not isinstance(access, str) or not access.isprintable() or not access:
