@@ -173,7 +173,9 @@ async def seen_by_their_owner(admin: Admin, theirs: dict[str, str]) -> list[Any]
     """What the other organisation looks like to its owner."""
     paths = ("/me", "/workspaces", "/users", "/invites", "/credentials", "/budgets", "/limits")
     paths += (f"/workspaces/{theirs['workspace_id']}/members", "/v1/agents", "/v1/environments", "/v1/vaults")
-    paths += ("/v1/files", "/v1/sessions", f"/v1/memory_stores/{theirs['store_id']}/memories")
+    paths += ("/v1/files", f"/v1/memory_stores/{theirs['store_id']}/memories")
     found = [(await admin.get(path, key=admin.their_owner)).body for path in paths]
     keys = (await admin.get("/api_keys", key=admin.their_owner)).body["data"]
-    return [*found, [{name: value for name, value in one.items() if name != "last_used_at"} for one in keys]]
+    sessions = (await admin.get("/v1/sessions", key=admin.their_owner)).body["data"]
+    moving = {"last_used_at", "stats"}
+    return [*found, *({name: value for name, value in one.items() if name not in moving} for one in (*keys, *sessions))]

@@ -70,6 +70,7 @@ class AlertDesk:
             await self._unclaim(alert)
             raise
 
+    # tenant-scope: alerts are raised by the server; the organisation comes from the budget
     async def _claim(self, alert: Alert) -> bool:
         async def work(tx: AsyncConnection) -> bool:
             now = self._clock.now()
@@ -92,6 +93,7 @@ class AlertDesk:
         except sa.exc.IntegrityError:  # the budget was deleted meanwhile: nobody wants to know
             return False
 
+    # tenant-scope: alerts are raised by the server; the organisation comes from the budget
     async def _unclaim(self, alert: Alert) -> None:
         async def work(tx: AsyncConnection) -> None:
             await tx.execute(sa.update(budget_alerts).where(*_same(alert)).values(delivered_at=None))

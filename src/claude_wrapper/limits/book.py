@@ -131,6 +131,7 @@ class RuleBook:
         return self._clock.monotonic() + self._settings.rules_seconds
 
 
+# tenant-scope: the rules of one organisation, for its own admission
 async def _limits(tx: AsyncConnection, org: str, counts: LimitCounts) -> dict[Subject, Limits]:
     found: dict[Subject, Limits] = {}
     keys = sa.select(api_keys.c.id, api_keys.c.limits).where(api_keys.c.org_id == org, api_keys.c.limits.is_not(None))
@@ -152,6 +153,7 @@ def _add(found: dict[Subject, Limits], subject: Subject, value: Mapping[str, Any
     found[subject] = parsed.over(found[subject]) if subject in found else parsed
 
 
+# tenant-scope: the rules of one organisation, for its own admission
 async def _budgets(tx: AsyncConnection, org: str, which: sa.ColumnElement[bool]) -> dict[Subject, tuple[Budget, ...]]:
     found: dict[Subject, tuple[Budget, ...]] = {}
     rows = await tx.execute(sa.select(budgets).where(budgets.c.org_id == org, which).order_by(budgets.c.id))
@@ -162,6 +164,7 @@ async def _budgets(tx: AsyncConnection, org: str, which: sa.ColumnElement[bool])
     return found
 
 
+# tenant-scope: the rules of one organisation, for its own admission
 async def _any_session_budget(tx: AsyncConnection, org: str) -> bool:
     mine = sa.select(budgets.c.id).where(budgets.c.org_id == org, budgets.c.scope == Scope.SESSION.value)
     return (await tx.execute(mine.limit(1))).first() is not None

@@ -53,6 +53,7 @@ class Exporter:
             done += 1
         return done
 
+    # tenant-scope: the operator's export goes over all organisations
     async def _due(self) -> list[_Due]:
         now = self._clock.now()
         this_hour = milliseconds(now) // HOUR_MS
@@ -77,6 +78,7 @@ class Exporter:
         async with self._database.read() as tx:
             return [_Due(org, hour, int(count)) for org, hour, count in (await tx.execute(statement)).all()]
 
+    # tenant-scope: the operator's export goes over all organisations
     async def _pieces(self, due: _Due) -> AsyncIterator[Sequence[Row]]:
         """Rows in the order of their ids: a late row moves others, so all pieces are written again."""
         last = ""

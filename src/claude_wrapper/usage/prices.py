@@ -172,6 +172,7 @@ class PriceBook:
             self._own.popitem(last=False)
         return table
 
+    # tenant-scope: the prices of the organisation whose call is priced
     async def _read(self, org: str, known: PriceTable) -> PriceTable:
         if self._database is None or not org:
             return _NONE

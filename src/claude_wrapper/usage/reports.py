@@ -139,6 +139,7 @@ class Reports:
         costs = principal.may("read:costs")
         return tuple(_line(row, query, costs=costs) for row in rows)
 
+    # tenant-scope: what budgets ask, for the organisation that they belong to
     async def spent(self, org: str, scope: str, subject: str, start: datetime, end: datetime | None) -> int:
         """Micro-dollars of one subject's calls that began in [start, end). For budgets, of any organisation."""
         dimension = _SCOPES[scope]

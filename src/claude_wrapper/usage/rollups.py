@@ -60,6 +60,7 @@ def _plus(name: str) -> Any:
     return lambda new: usage_hours.c[name] + new[name]
 
 
+# tenant-scope: sums are rebuilt over all organisations
 async def rebuild(tx: AsyncConnection, first_hour: int, last_hour: int) -> None:
     """Compute the sums of the hours [first_hour, last_hour] again from the ledger."""
     hour = usage_calls.c.started_ms // sa.literal_column(str(HOUR_MS), sa.BigInteger)

@@ -61,11 +61,13 @@ async def rotate_master(
     return Rotation(master.primary, done, retired)
 
 
+# tenant-scope: rotation of the master key goes over all organisations
 async def _not_yet(tx: AsyncConnection, primary: str) -> list[Any]:
     statement = sa.select(vault_org_keys).where(vault_org_keys.c.master_key_id != primary)
     return list(await tx.execute(statement.order_by(vault_org_keys.c.org_id).limit(BATCH)))
 
 
+# tenant-scope: rotation of the master key goes over all organisations
 async def _replace(tx: AsyncConnection, row: Any, fresh: Wrapped) -> int:
     table = vault_org_keys
     done = await tx.execute(
@@ -80,6 +82,7 @@ async def _replace(tx: AsyncConnection, row: Any, fresh: Wrapped) -> int:
     return done.rowcount
 
 
+# tenant-scope: master keys belong to the server
 async def _retire(tx: AsyncConnection, primary: str) -> tuple[str, ...]:
     table = vault_master_checks
     used = sa.select(vault_org_keys.c.master_key_id)
