@@ -280,7 +280,7 @@ class EventLog:
         The first item is `Opened`: from then on nothing is missed. Raises NotFound and InvalidRequest (for a number
         from the future) before it; SlowReader when the reader is too far behind.
         """
-        resumed, opened = after is not None, False
+        opened = False
         while True:
             async with self._channels.subscribe(channel(session), buffer=BUFFER) as subscription:
                 head = await self.last_seq(principal, session)
@@ -291,7 +291,7 @@ class EventLog:
                 if not opened:
                     opened = True
                     yield Opened(head)
-                merge = _Merge(self, principal, session, after, thread_id, previews=previews, resumed=resumed)
+                merge = _Merge(self, principal, session, after, thread_id, previews=previews)
                 async for item in merge.catch_up(head):
                     yield item
                 if previews:
@@ -302,7 +302,7 @@ class EventLog:
                     return
                 if subscription.ended is Ended.LAGGED:
                     raise SlowReader
-                after, resumed = merge.seen, True
+                after = merge.seen
 
     async def _ask(self, session: str, nonce: str) -> None:
         try:
@@ -327,7 +327,6 @@ class _Merge:
         thread_id: str | None,
         *,
         previews: bool,
-        resumed: bool,
     ) -> None:
         self.seen = after
         self.over = False
@@ -337,7 +336,6 @@ class _Merge:
         self._session = session
         self._thread = thread_id
         self._previews = previews
-        self._resumed = resumed
         self._shown: dict[str, int] = {}  # previewed event -> characters that this reader has
 
     async def catch_up(self, head: int) -> AsyncIterator[Stored | Preview]:
@@ -351,7 +349,7 @@ class _Merge:
                 thread_id=self._thread,
             )
             for one in page:
-                for item in self._event(one, replayed=True):
+                for item in self._event(one):
                     yield item
             if len(page) < PAGE:
                 self.seen = head  # what is left belongs to other threads
@@ -379,7 +377,7 @@ class _Merge:
                 async for item in self.catch_up(first - 1):
                     yield item
             for row in message.events:
-                for item in self._event(Stored(*row), replayed=False):
+                for item in self._event(Stored(*row)):
                     yield item
 
     async def _head(self) -> int | None:
@@ -389,22 +387,20 @@ class _Merge:
             self.over = True
             return None
 
-    def _event(self, one: Stored, *, replayed: bool) -> Iterable[Stored | Preview]:
+    def _event(self, one: Stored) -> Iterable[Stored | Preview]:
         if one.seq <= self.seen:
             return
         self.seen = one.seq
         if one.thread_id == self._thread:
             if self._previews and one.type == "agent.message":
-                yield from self._rest_of(one, replayed=replayed)
+                yield from self._rest_of(one)
             yield one
         if one.type == "session.deleted":
             self.over = True
 
-    def _rest_of(self, one: Stored, *, replayed: bool) -> Iterable[Preview]:
-        """What a reader that came back has missed of the previews: joined, they are always the whole text."""
+    def _rest_of(self, one: Stored) -> Iterable[Preview]:
+        """What the reader has missed of the message's previews: joined, they are always the whole text."""
         had = self._shown.pop(one.id, None)
-        if had is None and not (replayed and self._resumed):
-            return
         text = "".join(str(block.get("text", "")) for block in one.json().get("content", ()))
         if had is None:
             yield Preview(self._thread, Delta(one.id, one.type, start=True))

@@ -70,6 +70,10 @@ class _Turn:
     """Position of the turn's user message in the transcript."""
     replaying: bool
     cleanup: contextlib.AsyncExitStack
+    open_calls: set[str]
+    """The model's ids of calls whose answers the process has not been given."""
+    lost: bool = False
+    """The process gave up waiting for the client, which still may answer: what it says since then does not count."""
 
 
 class SessionJournal:
@@ -123,7 +127,9 @@ class SessionJournal:
                 if not turn_input.durable:
                     events.append({"type": "user.message", "content": _shown_content(turn_input.content)})
                     turn_input = replace(turn_input, past=past)
-                stored = await books.log.write(tx, self._principal, session, [*events, *self.running_events()])
+                if turn_input.replay is None:
+                    events += self.running_events()
+                stored = await books.log.write(tx, self._principal, session, events)
                 await records.change_session(tx, self._principal, session, status=records.RUNNING, stop_reason=None)
                 known = await records.calls_of(tx, self._principal, session)
                 if self.taking:
@@ -139,7 +145,8 @@ class SessionJournal:
             replaying = turn_input.replay is not None
             now = books.clock.monotonic()
             cleanup = cleanup.pop_all()
-            self._turn = _Turn(translator, recorder, inflight, turn_input, now, start, replaying, cleanup)
+            opened = {one.tool_use_id for one in known if one.kind != "tool" and one.answered_at is None}
+            self._turn = _Turn(translator, recorder, inflight, turn_input, now, start, replaying, cleanup, opened)
             self._failed, self.taking, self.interrupted = None, (), False
         return turn_input
 
@@ -150,7 +157,13 @@ class SessionJournal:
             return
         if self._failed is not None:
             raise self._failed
+        if turn.lost:
+            return
         output = turn.translator.feed(frame)
+        if self._gave_up(turn, output):
+            turn.lost = True
+            self._conversation.doubt()
+            return
         if turn.replaying:
             # The message that is said again is in the log and in the transcript already.
             turn.replaying = not output.settled
@@ -162,13 +175,24 @@ class SessionJournal:
             if len(self._waiting) > _BEHIND and self._writing is not None:
                 await asyncio.wait({self._writing})
 
+    def given(self, tool_use_id: str) -> None:
+        """The process has been given the client's answer to this call."""
+        if self._turn is not None:
+            self._turn.open_calls.discard(tool_use_id)
+
+    def _gave_up(self, turn: _Turn, output: Output) -> bool:
+        """A process that is being stopped takes the silence of the client for a refusal: the client never refused."""
+        turn.open_calls |= {call.tool_use_id for call in output.calls if call.kind != "tool"}
+        if not turn.input.durable or self.interrupted:
+            return False
+        return any(tool_use_id in turn.open_calls for tool_use_id, _ in output.results)
+
     async def end(self, end: TurnEnd) -> None:
         """Write how the turn ended; what waits for an answer of the client stays as it is if the process is lost."""
         turn = self._turn
         if turn is None:
             return
-        if self.interrupted:
-            end = replace(end, interrupted=True)
+        end = replace(end, interrupted=end.interrupted or self.interrupted, suspended=end.suspended or turn.lost)
         try:
             await self._flush()
             await self._books.db.run(lambda tx: self._end(tx, turn, end))
@@ -288,7 +312,7 @@ class SessionJournal:
         active = session.active_ms + round((books.clock.monotonic() - turn.began) * 1000)
         values: dict[str, Any] = {"usage": _with_usage(session.usage, end), "active_ms": active}
         self._ended = ()
-        if session.ended or (session.awaited and not (end.interrupted and not end.suspended) and not _finished(turn)):
+        if session.ended or (session.awaited and (end.suspended or not end.interrupted)):
             # The process is gone and the client owes answers: the turn goes on when they come.
             await records.change_session(tx, principal, session_id, **values)
             return
@@ -328,12 +352,6 @@ class SessionJournal:
 
 def _ran(call: CallRow) -> bool:
     return "output" in (call.answer or {})
-
-
-def _finished(turn: _Turn) -> bool:
-    """The CLI said that the turn is over by itself."""
-    outcome = turn.translator.outcome
-    return outcome is not None and outcome.error is None
 
 
 def _outcome(turn: _Turn, end: TurnEnd) -> Outcome:

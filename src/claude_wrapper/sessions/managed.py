@@ -32,6 +32,7 @@ log = structlog.get_logger(__name__)
 
 READ: Final = "read:sessions"
 WRITE: Final = "write:sessions"
+_CLOSE_SECONDS: Final = 3.0
 MAX_QUEUED: Final = 100
 """Messages that may wait in one session."""
 
@@ -52,6 +53,8 @@ class ManagedSessions:
         self._settings = settings
         self._spawn = spawn
         self._runners: dict[str, Runner] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
         doors.on_change = self.wake
 
     # The life of a session --------------------------------------------------------------------------------------------
@@ -244,6 +247,14 @@ class ManagedSessions:
         await records.change_session(tx, principal, session.id, status=status, stop_reason=reason)
         return await self.books.log.write(tx, principal, session.id, status_events(session, reason))
 
+    async def close(self) -> None:
+        """The server stops: turns that wait for their clients let go of their processes."""
+        self._closed = True
+        for runner in list(self._runners.values()):
+            runner.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_CLOSE_SECONDS)
+
     # Who runs it ------------------------------------------------------------------------------------------------------
 
     def wake(self, session: str) -> None:
@@ -254,13 +265,17 @@ class ManagedSessions:
 
     def start(self, principal: Principal, session: str) -> None:
         """Let the session run if there is something to do."""
+        if self._closed:
+            return
         runner = self._runners.get(session)
         if runner is not None:
             runner.principal = principal
             runner.wake()
             return
         runner = self._runners[session] = Runner(self.books, self.doors, self._settings, session, principal)
-        self._spawn(self._run(session, runner))
+        task = self._spawn(self._run(session, runner))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _run(self, session: str, runner: Runner) -> None:
         try:
@@ -270,7 +285,7 @@ class ManagedSessions:
         finally:
             if self._runners.get(session) is runner:
                 del self._runners[session]
-            if runner.woken:  # between its last look and now
+            if runner.woken and not self._closed:  # between its last look and now
                 self.start(runner.principal, session)
 
     async def _look_after(self, principal: Principal, session: Session) -> None:

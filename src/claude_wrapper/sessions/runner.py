@@ -90,6 +90,12 @@ class Runner:
         self._answers: dict[str, asyncio.Future[Mapping[str, Any]]] = {}
         self._delivered: set[str] = set()
         self._ran: dict[str, Mapping[str, Any]] = {}
+        self._closing = False
+
+    def close(self) -> None:
+        """The server stops: a turn that waits for the client is left in the log, without asking the model once more."""
+        self._closing = True
+        self._woken.set()
 
     @property
     def woken(self) -> bool:
@@ -113,7 +119,7 @@ class Runner:
                 async with state.subscribe(wake_channel(self._session)) as calls, _following(calls, self.wake):
                     await self._work(held)
             # Something may have been written while the lease was being given back, when its writer saw it held.
-            if held.lost.is_set() or not await self._pending():
+            if held.lost.is_set() or self._closing or not await self._pending():
                 return
 
     async def _pending(self) -> bool:
@@ -121,7 +127,7 @@ class Runner:
             return bool(await self._books.log.queued(tx, self.principal, self._session, (*TURN_EVENTS, *INTERRUPTS)))
 
     async def _work(self, held: HeldLease) -> None:
-        while not held.lost.is_set():
+        while not held.lost.is_set() and not self._closing:
             self._woken.clear()
             if not await self._step(held) and not self._woken.is_set():
                 return
@@ -286,13 +292,13 @@ class Runner:
                 waiting = False
                 continue
             self._woken.clear()
-            if held.lost.is_set():
+            if held.lost.is_set() or (self._closing and waiting):
                 await conversation.suspend()
             async with self._books.db.read() as tx:
                 session = await records.get_session(tx, self.principal, self._session)
                 interrupts = await self._books.log.queued(tx, self.principal, self._session, INTERRUPTS)
                 calls = await records.calls_of(tx, self.principal, self._session)
-            self._deliver(conversation, calls)
+            self._deliver(conversation, journal, calls)
             if waiting and not session.awaited:
                 conversation.allow_seconds(self._settings.turn_seconds)
             waiting = bool(session.awaited)
@@ -310,11 +316,12 @@ class Runner:
         with contextlib.suppress(WrapperError):
             await conversation.interrupt()
 
-    def _deliver(self, conversation: Conversation, calls: Sequence[CallRow]) -> None:
+    def _deliver(self, conversation: Conversation, journal: SessionJournal, calls: Sequence[CallRow]) -> None:
         for call in calls:
             if call.answer is None or call.tool_use_id in self._delivered or call.kind == "tool":
                 continue
             self._delivered.add(call.tool_use_id)
+            journal.given(call.tool_use_id)
             if call.kind == "custom":
                 given = call.answer.get("output", call.answer)
                 conversation.answer_calls([{"tool_use_id": call.tool_use_id, **given}])

@@ -1,0 +1,119 @@
+"""What waits for a client outlives the process, and the server."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from anthropic import AsyncAnthropic
+
+from managed.driving import BOTH_ASK, WEATHER, history, message, new_session, texts, turn
+from running_server import KEY, Running, running
+
+pytestmark = [pytest.mark.anyio, pytest.mark.real_cli]
+
+SETTINGS = {"sandbox": "none", "security_level": "permissive", "drain_seconds": 1.0}
+
+
+def sdk(server: Running) -> AsyncAnthropic:
+    return AsyncAnthropic(base_url=server.url, api_key=KEY, max_retries=0)
+
+
+async def test_pending_approvals_and_custom_calls_outlive_a_restart_of_the_server(reachable_tmp_path: Path) -> None:
+    prompt = (
+        '[[tool Bash {"command":"echo from-the-shell"}]] [[tool mcp__client__get_weather {"city":"Rome"}]] '
+        '[[tool Bash {"command":"echo never"}]] [[then]]'
+    )
+    async with running(reachable_tmp_path, **SETTINGS) as server, sdk(server) as client:
+        session = (await new_session(client, tools=[BOTH_ASK, WEATHER])).id
+        await turn(client, session, message("remember the plum"))
+        asked = await turn(client, session, message(prompt))
+        calls = [event.id for event in asked if event.type in {"agent.tool_use", "agent.custom_tool_use"}]
+        assert asked[-1].stop_reason.event_ids == calls
+    async with running(reachable_tmp_path, **SETTINGS) as server, sdk(server) as client:
+        found = await client.beta.sessions.retrieve(session)
+        assert found.status == "idle"
+        before = await history(client, session)
+        await turn(client, session, {"type": "user.tool_confirmation", "tool_use_id": calls[0], "result": "allow"})
+        weather = [{"type": "text", "text": "sunny in Rome"}]
+        left = await turn(
+            client, session, {"type": "user.custom_tool_result", "custom_tool_use_id": calls[1], "content": weather}
+        )
+        assert left[-1].stop_reason.event_ids == [calls[2]]
+        assert server.upstream.calls == []
+        rest = await turn(
+            client, session, {"type": "user.tool_confirmation", "tool_use_id": calls[2], "result": "deny"}
+        )
+        assert rest[-1].stop_reason.type == "end_turn"
+        said = texts(rest)[-1]
+        assert "from-the-shell" in said
+        assert "sunny in Rome" in said
+        assert len(server.upstream.calls) == 1, "the model message that was said again is not paid again"
+        log = await history(client, session)
+        assert [one.id for one in log[: len(before)]] == [one.id for one in before]
+        assert len({one.id for one in log}) == len(log)
+        assert sum(one.type == "agent.tool_use" for one in log) == 2
+        assert "remember the plum" in texts(await turn(client, session, message("[[recall]]")))[0]
+
+
+async def test_a_process_that_dies_while_it_waits_costs_nothing(client: AsyncAnthropic, server: Running) -> None:
+    session = (await new_session(client, tools=[BOTH_ASK])).id
+    asked = await turn(client, session, message('[[tool Bash {"command":"echo alive"}]] [[then]]'))
+    call = next(event for event in asked if event.type == "agent.tool_use")
+    conversation = server.server.conversations.find(session)
+    assert conversation is not None
+    assert conversation.process is not None
+    os.kill(conversation.process.pid, signal.SIGKILL)
+    await conversation.settled()
+    events = await turn(client, session, {"type": "user.tool_confirmation", "tool_use_id": call.id, "result": "allow"})
+    assert "alive" in texts(events)[-1]
+    assert events[-1].stop_reason.type == "end_turn"
+    kinds = [one.type for one in await history(client, session)]
+    assert "session.error" not in kinds
+    assert kinds.count("agent.tool_result") == 1
+
+
+async def test_a_call_that_ran_before_the_restart_does_not_run_again(reachable_tmp_path: Path) -> None:
+    counter = reachable_tmp_path / "ran"
+    prompt = f'[[tool Bash {{"command":"echo x >> {counter}; echo first"}}]] [[tool Bash {{"command":"echo second"}}]] [[then]]'
+    async with running(reachable_tmp_path, **SETTINGS) as server, sdk(server) as client:
+        session = (await new_session(client, tools=[BOTH_ASK])).id
+        asked = await turn(client, session, message(prompt))
+        calls = [event.id for event in asked if event.type == "agent.tool_use"]
+        async with await client.beta.sessions.events.stream(session) as stream:
+            confirmation = {"type": "user.tool_confirmation", "tool_use_id": calls[0], "result": "allow"}
+            await client.beta.sessions.events.send(session, events=[confirmation])
+            async for event in stream:
+                if event.type == "agent.tool_result":
+                    break
+    assert counter.read_text() == "x\n"
+    async with running(reachable_tmp_path, **SETTINGS) as server, sdk(server) as client:
+        rest = await turn(
+            client, session, {"type": "user.tool_confirmation", "tool_use_id": calls[1], "result": "allow"}
+        )
+        assert "first" in texts(rest)[-1]
+        assert "second" in texts(rest)[-1]
+        results = [one for one in await history(client, session) if one.type == "agent.tool_result"]
+        assert len(results) == 2
+    assert counter.read_text() == "x\n"
+
+
+async def test_a_turn_whose_server_was_killed_ends_with_an_error_and_the_session_goes_on(
+    reachable_tmp_path: Path,
+) -> None:
+    async with running(reachable_tmp_path, **SETTINGS) as server, sdk(server) as client:
+        session = (await new_session(client)).id
+        await turn(client, session, message("remember the fig"))
+        async with await client.beta.sessions.events.stream(session) as stream:
+            await client.beta.sessions.events.send(session, events=[message("[[hang 1]]")])
+            await server.upstream.wait_for(2)
+            async for event in stream:
+                if event.type == "span.model_request_start":
+                    break
+    async with running(reachable_tmp_path, **SETTINGS) as server, sdk(server) as client:
+        errors = [one for one in await history(client, session) if one.type == "session.error"]
+        assert [one.error.retry_status.type for one in errors] == ["exhausted"]
+        said = texts(await turn(client, session, message("[[recall]]")))[0]
+        assert "remember the fig" in said
