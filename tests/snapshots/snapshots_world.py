@@ -8,7 +8,7 @@ import shutil
 import stat
 from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,8 @@ async def bench(db: Database, blobs: BlobStore, root: Path) -> Bench:
             row = {column.name: value for column in organizations.c if (value := _value(column, org)) is not None}
             await tx.execute(sa.insert(organizations).values(**row))
     # The store's clock is the real one: `modified` of a blob is compared with it.
-    clock = HandClock(wall=datetime.now(UTC))
+    # A little ahead of it, so that what a test has just written does not count as written during the scan.
+    clock = HandClock(wall=datetime.now(UTC) + timedelta(minutes=10))
     keys = OrgKeys(db, LocalMasterKey([KeyMaterial(b"m" * 32)]), clock)
     faulty = FaultyBlobs(blobs)
     one = Bench(db, faulty, clock, keys, root, SnapshotStore(db, faulty, keys, clock, RandomIds()))
@@ -154,7 +155,7 @@ def write(root: Path, relpath: str | bytes, content: bytes, mode: int = 0o644) -
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     path.chmod(mode)
-    os.utime(path, ns=(10**18, 10**18 + len(content)))  # long ago: not within the same time stamp as the scan
+    os.utime(path, ns=(10**18, 10**18))
     return path
 
 

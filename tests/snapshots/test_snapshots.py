@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -76,17 +77,25 @@ async def test_a_file_that_was_moved_is_read_but_not_stored_again(here: Bench) -
     assert (await here.save()).bytes_written < 2_000
 
 
-async def test_a_change_that_keeps_size_and_time_is_seen_when_the_file_was_written_just_before(here: Bench) -> None:
+async def test_a_change_in_place_that_keeps_the_size_and_sets_the_time_back_is_seen(here: Bench) -> None:
     path = write(here.work, "a", b"one")
-    now = int(here.clock.now().timestamp() * 1e9)
-    os.utime(path, ns=(now, now))
     await here.save()
-    path.write_bytes(b"two")
-    os.utime(path, ns=(now, now))
+    inode = path.stat().st_ino
+    write(here.work, "a", b"two")
+    assert path.stat().st_ino == inode
     await here.save()
     back = await here.restore()
     assert back is not None
     assert (back.work / "a").read_bytes() == b"two"
+
+
+async def test_a_file_that_was_written_just_before_the_scan_is_read_once_more(here: Bench) -> None:
+    here.clock.wall = datetime.now(UTC)
+    write(here.work, "a", b"one")
+    await here.save()
+    here.clock.advance(60)
+    assert (await here.save()).bytes_read == 3
+    assert (await here.save()).bytes_read == 0
 
 
 async def test_sockets_devices_and_links_that_lead_outside_are_left_out_and_named(here: Bench) -> None:

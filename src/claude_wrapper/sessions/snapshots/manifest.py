@@ -78,6 +78,7 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
     mode: int
     mtime_ns: int
     size: int = 0
+    ctime_ns: int = 0
     inode: int = 0
     """0: the file changed while it was read, so it is read again next time."""
     chunks: tuple[int, ...] = ()

@@ -97,7 +97,10 @@ class Comparison:
 
 
 def compare(scan: Scan, base: Manifest | None) -> Comparison:
-    """Which files must be read: all but those whose size, time and inode are those of the last snapshot."""
+    """Which files must be read: all but those whose size, times and inode are those of the last snapshot.
+
+    The time of change is among them: who writes into a file in place and sets its time back is noticed all the same.
+    """
     known = {} if base is None else {(e.root, e.path): e for e in base.entries if e.kind == FILE and e.inode}
     scanned_ns = 0 if base is None else base.scanned_ns
     result = Comparison({}, [])
@@ -113,9 +116,9 @@ def compare(scan: Scan, base: Manifest | None) -> Comparison:
 
 
 def _same(found: Found, old: Entry, scanned_ns: int) -> bool:
-    if (found.size, found.mtime_ns, found.inode) != (old.size, old.mtime_ns, old.inode):
+    if (found.size, found.mtime_ns, found.ctime_ns) != (old.size, old.mtime_ns, old.ctime_ns):
         return False
-    return found.mtime_ns + _RACY_NS < scanned_ns
+    return found.inode == old.inode and max(found.mtime_ns, found.ctime_ns) + _RACY_NS < scanned_ns
 
 
 def portions(found: Sequence[Found], indices: Collection[int]) -> Iterator[list[Piece]]:
@@ -178,7 +181,8 @@ class _Reader:
             ids.append(self._chunk(content))
         self.result.bytes_read += size
         after = os.fstat(descriptor)
-        steady = (after.st_size, after.st_mtime_ns, after.st_ino) == (found.size, found.mtime_ns, found.inode)
+        now = (after.st_size, after.st_mtime_ns, after.st_ctime_ns, after.st_ino)
+        steady = now == (found.size, found.mtime_ns, found.ctime_ns, found.inode)
         return ReadPiece(piece, tuple(ids), size, steady)
 
     def _chunk(self, content: bytes) -> bytes:
@@ -294,6 +298,7 @@ def assemble(
                 mode=found.mode,
                 mtime_ns=found.mtime_ns,
                 size=size,
+                ctime_ns=found.ctime_ns,
                 inode=inode,
                 chunks=tuple(number(chunk) for chunk in addresses.get(position, ())),
                 target=os.fsencode(found.target),

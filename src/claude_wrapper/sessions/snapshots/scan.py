@@ -45,7 +45,9 @@ class Found:
     mode: int
     mtime_ns: int
     size: int
-    inode: int
+    ctime_ns: int = 0
+    """Moves with every change and cannot be set back, unlike the time of the content."""
+    inode: int = 0
     target: str = ""
 
 
@@ -123,13 +125,13 @@ def _look(directory: int, name: str) -> os.stat_result | None:
         return None
 
 
-def _time(found: os.stat_result) -> int:
+def _time(nanoseconds: int) -> int:
     """Some file systems keep times that 64 bits of nanoseconds do not hold."""
-    return max(-_MAX_TIME, min(_MAX_TIME, found.st_mtime_ns))
+    return max(-_MAX_TIME, min(_MAX_TIME, nanoseconds))
 
 
 def _directory(root: int, path: str, found: os.stat_result) -> Found:
-    return Found(root, path, DIRECTORY, stat.S_IMODE(found.st_mode) & _KEPT_BITS, _time(found), 0, found.st_ino)
+    return Found(root, path, DIRECTORY, stat.S_IMODE(found.st_mode) & _KEPT_BITS, _time(found.st_mtime_ns), 0)
 
 
 def _add(result: Scan, root: int, directory: int, name: str, prefix: str) -> bool:
@@ -143,7 +145,8 @@ def _add(result: Scan, root: int, directory: int, name: str, prefix: str) -> boo
         result.add(_directory(root, path, found))
         return True
     if kind == stat.S_IFREG:
-        result.add(Found(root, path, FILE, mode, _time(found), found.st_size, found.st_ino))
+        changed = _time(found.st_ctime_ns)
+        result.add(Found(root, path, FILE, mode, _time(found.st_mtime_ns), found.st_size, changed, found.st_ino))
     elif kind == stat.S_IFLNK:
         _add_link(result, root, directory, name, path)
     else:
@@ -157,7 +160,7 @@ def _add_link(result: Scan, root: int, directory: int, name: str, path: str) -> 
     except OSError:
         return  # it went away
     if link_stays_inside(os.fsencode(path), os.fsencode(target)):
-        result.add(Found(root, path, LINK, 0o777, 0, 0, 0, target))
+        result.add(Found(root, path, LINK, 0o777, 0, 0, target=target))
     else:
         result.skip(root, path, "a link that leaves the workspace")
 
