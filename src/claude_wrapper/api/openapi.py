@@ -63,7 +63,22 @@ _REQUEST_EXAMPLE: Final = {
     "messages": [{"role": "user", "content": "Hello!"}],
 }
 
+_METRICS: Final[dict[str, Any]] = {
+    "get": {
+        "summary": "Metrics for Prometheus",
+        "responses": {
+            "200": {
+                "description": "Prometheus text or, by `Accept`, OpenMetrics; see docs/metrics.md.",
+                "content": {"text/plain": {"schema": {"type": "string"}}},
+            },
+            **_errors(401, 403, 500),
+        },
+    }
+}
+
 _PATHS: Final[dict[str, dict[str, Any]]] = {
+    "/metrics": _METRICS,
+    "/api/metrics": _METRICS,
     "/": {
         "get": {
             "summary": "Overview",
