@@ -168,7 +168,7 @@ class TurnTranslator:
 
     def _user(self, stream: _Stream, frame: Mapping[str, Any], out: Output) -> None:
         content = _mapping(frame.get("message")).get("content")
-        for block in content if isinstance(content, list) else ():
+        for block in _items(content):
             if isinstance(block, dict) and block.get("type") == "tool_result":
                 self._tool_result(stream, block, out)
 
@@ -201,7 +201,7 @@ class TurnTranslator:
     def _system(self, frame: FrameLike, out: Output) -> None:
         match frame.subtype:
             case "init":
-                for server in frame.json().get("mcp_servers") or ():
+                for server in _items(frame.json().get("mcp_servers")):
                     self._mcp_status(_mapping(server), out)
             case "compact_boundary":
                 out.events.append(self.made("agent.thread_context_compacted"))
@@ -271,7 +271,7 @@ class TurnTranslator:
     def notice(self, frame: Mapping[str, Any]) -> None:
         """The CLI's own words about an error."""
         blocks = _mapping(frame.get("message")).get("content")
-        texts = [str(block.get("text", "")) for block in blocks or () if isinstance(block, dict)]
+        texts = [str(block.get("text", "")) for block in _items(blocks) if isinstance(block, dict)]
         self._notice = "\n".join(filter(None, texts))
 
     def finished(self, usage: Usage) -> None:
@@ -329,7 +329,7 @@ class _Stream:
             return
         if message.get("id") != self._message:  # repeated by the CLI in one piece, or without partial messages
             self._begin(message, out)
-        for block in message.get("content") or ():
+        for block in _items(message.get("content")):
             if isinstance(block, dict):
                 self._block(block, out)
         if message.get("stop_reason") is not None:
@@ -458,6 +458,10 @@ _EMPTY: Final[Mapping[str, Any]] = {}
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else _EMPTY
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _object(raw: bytes) -> Mapping[str, Any]:
