@@ -58,6 +58,8 @@ class RecordedRequest:
     """Whether the client hung up before the answer was complete."""
     dropped: bool = False
     """Whether the script dropped the connection."""
+    whole: bool = False
+    """Whether the answer was sent to its end."""
     done: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     """Set when the request is over, however it ended."""
 
@@ -210,6 +212,7 @@ class ScriptedUpstream:
         message_id = f"msg_{self._next():024d}"
         if not record.body.get("stream"):
             self.usage_totals += made.usage
+            record.whole = True
             return self._json(record, answers.message(made, message_id, model))
         return await self._stream(http, record, made, answers.frames(made, message_id, model))
 
@@ -230,6 +233,7 @@ class ScriptedUpstream:
                 await self._fault(http, record, response, step)
                 return response
             self.usage_totals += made.usage
+            record.whole = True
             await response.write_eof()
         except ConnectionError:  # aiohttp tells of a lost client by whichever comes first: this or cancellation
             record.cancelled = not record.dropped
