@@ -90,6 +90,12 @@ class Doors:
         conversation = self._conversations.find(session)
         return conversation is not None and conversation.busy
 
+    async def caught_up(self, session: str) -> None:
+        """What was said here until now can be read."""
+        conversation = self._conversations.find(session)
+        if conversation is not None and isinstance(conversation.journal, SessionJournal):
+            await conversation.journal.caught_up()
+
     async def close(self, session: Session) -> None:
         """The session is over: end its turn and give its process back."""
         conversation = self._conversations.find(session.id)

@@ -44,6 +44,7 @@ log = structlog.get_logger(__name__)
 
 TURN_EVENTS: Final = ("user.message", "user.define_outcome")
 """Events of the client that a turn answers."""
+_CATCH_UP_SECONDS: Final = 2.0
 _BEHIND: Final = 512
 """Outputs that may wait for the database; past that the turn waits for it."""
 
@@ -104,6 +105,17 @@ class SessionJournal:
         self._waiting: list[tuple[Output, int | None]] = []
         self._writing: asyncio.Task[None] | None = None
         self._failed: WrapperError | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def caught_up(self) -> None:
+        """Return when what the process has said until now is in the log; who was just answered finds it there."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CATCH_UP_SECONDS):
+                if self._writing is not None:
+                    await asyncio.wait({self._writing})
+                if self._turn is not None and self._turn.translator.outcome is not None:
+                    await self._idle.wait()
 
     # Journal ----------------------------------------------------------------------------------------------------------
 
@@ -146,6 +158,7 @@ class SessionJournal:
             now = books.clock.monotonic()
             cleanup = cleanup.pop_all()
             opened = {one.tool_use_id for one in known if one.kind != "tool" and one.answered_at is None}
+            self._idle.clear()
             self._turn = _Turn(translator, recorder, inflight, turn_input, now, start, replaying, cleanup, opened)
             self._failed, self.taking, self.interrupted = None, (), False
         return turn_input
@@ -203,6 +216,7 @@ class SessionJournal:
             log.exception("session.end_not_written", session=self.session.id)
         finally:
             self._turn = None
+            self._idle.set()
             await turn.cleanup.aclose()
             self._on_change()
 

@@ -80,6 +80,7 @@ class ManagedSessions:
     async def get(self, principal: Principal, session: str) -> Session:
         """Needs `read:sessions`; raises NotFound."""
         principal.require(READ)
+        await self.doors.caught_up(session)
         async with self.books.db.read() as tx:
             found = await records.get_session(tx, principal, session)
         await self._look_after(principal, found)

@@ -282,6 +282,7 @@ class Runner:
         """Hand over what the client sends during the turn; give the process up when it waits too long."""
         waiting = False
         self._woken.set()
+        leg.started.add_done_callback(lambda _: self._woken.set())
         while True:
             try:
                 async with asyncio.timeout(self._settings.parked_seconds if waiting else None):
@@ -298,7 +299,8 @@ class Runner:
                 session = await records.get_session(tx, self.principal, self._session)
                 interrupts = await self._books.log.queued(tx, self.principal, self._session, INTERRUPTS)
                 calls = await records.calls_of(tx, self.principal, self._session)
-            self._deliver(conversation, journal, calls)
+            if leg.started.done():  # before that, no process is there to be told
+                self._deliver(conversation, journal, calls)
             if waiting and not session.awaited:
                 conversation.allow_seconds(self._settings.turn_seconds)
             waiting = bool(session.awaited)
