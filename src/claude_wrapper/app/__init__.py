@@ -26,6 +26,7 @@ from claude_wrapper.api.credentials import UpstreamCredentials
 from claude_wrapper.api.reports import Health, security_report
 from claude_wrapper.api.state import ApiSettings, Deps
 from claude_wrapper.app import checks
+from claude_wrapper.app.egress import OrgHosts
 from claude_wrapper.app.resources import purge_expired_files, resource_means
 from claude_wrapper.app.telemetry import Telemetry
 from claude_wrapper.app.tenants import running_tenants
@@ -223,7 +224,7 @@ async def running_server(
             clock=clock,
             ids=ids,
             uids=_uids(settings, sandbox),
-            egress=EgressLists(policy.egress, settings.egress_hosts),
+            egress=EgressLists(policy.egress, settings.egress_hosts, OrgHosts(tenants.database, clock)),
         )
         keeper = _Keeper()
         pool: Pool[SlotProcess] = Pool(

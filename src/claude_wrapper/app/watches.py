@@ -329,10 +329,6 @@ class Calls(Observer):
             self._metrics.breaker_openings.inc(provider=provider)
         log.warning("upstream.breaker_changed", provider=provider, credential_id=credential_id, state=str(state))
 
-    def egress(self, slot: str, host: str, port: int, allowed: bool, reason: str) -> None:
-        if not allowed:
-            log.info("egress.refused", slot=slot, host=host, port=port, reason=reason)
-
     def mcp(self, binding: Binding, server: str, method: str, status: int, seconds: float) -> None:
         outcome = "ok" if status < 400 else "refused" if status in (401, 403) else "error"
         self._metrics.mcp_calls.inc(outcome=outcome)

@@ -25,7 +25,7 @@ def wire(data, seconds=5.0):
     return answer
 MESSAGE = json.dumps({"model": "claude-sonnet-5-5", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}).encode()
 def request(target="/v1/messages", body=MESSAGE, token=None, method="POST", headers=(), length=True):
-    lines = ["%s %s HTTP/1.1" % (method, target), "host: broker.invalid", "x-api-key: " + (token or T["token"]), *headers]
+    lines = ["%s %s HTTP/1.1" % (method, target), "host: broker.invalid", "x-api-key: " + (token or T["token"]), "anthropic-version: 2023-06-01", "content-type: application/json", *headers]
     if length: lines.append("content-length: %d" % len(body))
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 def status(data):
@@ -38,7 +38,7 @@ _ALL = ("bwrap", "restricted", "none")
 BROKER_ATTACKS: tuple[Attack, ...] = (
     Attack(
         "broker: work under another slot's token",
-        "if status(request()) != 200: print('own token refused')\n"
+        "if status(request()) != 200: sys.exit('its own token is refused: %r' % wire(request()))\n"
         "for token in (T['other_token'], '', 'sk-ant-slot-guess', 'x'):\n"
         "    if status(request(token=token or ' ')) == 200: breach('answered for ' + token[:12])\n"
         "if status(request(headers=['authorization: Bearer ' + T['other_token']], token='x')) == 200: breach('bearer')",
@@ -132,7 +132,7 @@ BROKER_ATTACKS: tuple[Attack, ...] = (
     ),
     Attack(
         "find the credential in the CLI's memory",
-        "held = 0\n"
+        "held, own = 0, False\n"
         "try:\n"
         "    pid = T['cli_pid']\n"
         "    with open('/proc/%d/mem' % pid, 'rb', 0) as mem:\n"
@@ -142,10 +142,11 @@ BROKER_ATTACKS: tuple[Attack, ...] = (
         "            if mode[:2] != 'rw' or held > 1 << 29 or end - begin > 1 << 28: continue\n"
         "            try: mem.seek(begin); text = mem.read(end - begin)\n"
         "            except (OSError, OverflowError, ValueError): continue\n"
-        "            held += len(text)\n"
+        "            held += len(text); own = own or T['token'].encode() in text\n"
         "            if T['credential'].encode() in text: breach('in the memory of the CLI')\n"
         "except OSError as error: print('memory is closed', error)\n"
         "print('searched', held >> 20, 'MiB')\n"
+        "if held and not own: sys.exit('the search is blind: it does not find the dummy token either')\n"
         "for target in ('/', '/v1/models', '/v1/messages'):\n"
         "    for method in ('GET', 'POST', 'HEAD', 'TRACE', 'OPTIONS'):\n"
         "        if T['credential'].encode() in wire(request(target, method=method), 2): breach('told by the broker')",
