@@ -47,7 +47,7 @@ class EgressSettings:
     """The operator's own networks that may be reached although they are private."""
 
 
-class _Denied(Exception):  # noqa: N818 (an answer, not a fault)
+class _Denied(Exception):
     def __init__(self, status: int, phrase: str, reason: str) -> None:
         self.status, self.phrase, self.reason = status, phrase, reason
         super().__init__(reason)

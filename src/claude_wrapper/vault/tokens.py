@@ -47,7 +47,7 @@ class Grant:
     """Seconds; None: not known."""
 
 
-class Refused(Exception):  # noqa: N818 - an answer, not a fault
+class Refused(Exception):
     """The endpoint said no, and will say so again."""
 
     def __init__(self, reason: str) -> None:
