@@ -57,7 +57,20 @@ def test_the_environment_holds_what_was_put_there_and_nothing_of_the_server(monk
         "DISABLE_BUG_COMMAND": "1",
         "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
         "CLAUDE_CODE_MAX_RETRIES": "0",
+        "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
+        "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
+        "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
     }
+
+
+def test_a_process_with_network_knows_its_proxy_and_keeps_the_model_off_it() -> None:
+    import dataclasses
+
+    argv, env = command(dataclasses.replace(SPEC, proxy="http://127.0.0.1:3128"))
+    assert env["HTTPS_PROXY"] == env["https_proxy"] == env["HTTP_PROXY"] == "http://127.0.0.1:3128"
+    assert "broker.invalid" in env["NO_PROXY"].split(",")
+    assert argv[argv.index("--settings") + 1] == '{"skipWebFetchPreflight":true}'
+    assert "--settings" not in command(SPEC)[0]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ async def test_a_change_is_seen_after_some_seconds_and_each_organisation_has_its
 
         async with database.transaction() as tx:
             await tx.execute(
-                sa.update(organizations).where(organizations.c.id == "org_a").values(settings={"egress_hosts": [5, "b"]})
+                sa.update(organizations)
+                .where(organizations.c.id == "org_a")
+                .values(settings={"egress_hosts": [5, "b"]})
             )
         assert await hosts_of("org_a") == ("a.example",)
         await clock.advance(KEPT_SECONDS)

@@ -116,13 +116,11 @@ async def _page(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
+async def world(reachable_tmp_path: Path) -> AsyncIterator[World]:
     report = await asyncio.to_thread(probe)
     if Level.BWRAP in report.unavailable:
         pytest.skip(f"no sandbox with a network of its own: {report.unavailable[Level.BWRAP]}")
-    for directory in (tmp_path, *tmp_path.parents):
-        with contextlib.suppress(PermissionError):
-            directory.chmod(directory.stat().st_mode | 0o011)
+    tmp_path = reachable_tmp_path
     pem = _certificate(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
