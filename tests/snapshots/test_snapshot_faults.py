@@ -11,7 +11,7 @@ import pytest
 from snapshots_world import OURS, SESSION, THEIRS, UUID, Bench, tree, write
 
 from claude_wrapper.errors import Conflict, SnapshotCorrupted, StorageUnavailable, WrapperError
-from claude_wrapper.sessions.snapshots import rows, store
+from claude_wrapper.sessions.snapshots import SnapshotSettings, rows
 from claude_wrapper.sessions.snapshots.manifest import (
     DIRECTORY,
     FILE,
@@ -20,12 +20,15 @@ from claude_wrapper.sessions.snapshots.manifest import (
     Bounds,
     Chunk,
     Entry,
+    Head,
     Manifest,
     Pack,
     check,
+    cut,
     encode,
     link_stays_inside,
 )
+from claude_wrapper.sessions.snapshots.packing import seal_pages
 
 pytestmark = pytest.mark.anyio
 
@@ -115,7 +118,7 @@ async def test_a_save_takes_no_longer_than_it_may(here: Bench) -> None:
 
 def test_blobs_must_outlive_the_save_that_writes_them() -> None:
     with pytest.raises(ValueError, match="at least twice"):
-        store.SnapshotSettings(save_seconds=100, grace_seconds=150)
+        SnapshotSettings(save_seconds=100, grace_seconds=150)
 
 
 async def test_a_save_that_is_cancelled_leaves_the_snapshot_before_and_does_not_block_the_next(here: Bench) -> None:
@@ -171,10 +174,13 @@ async def test_a_damaged_snapshot_falls_back_to_the_one_before_and_says_so(every
     assert (row.manifest, row.previous) == (first, None)
 
 
+@pytest.mark.parametrize("pack", [-2, -3], ids=["pages", "content"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing", "empty"])
-async def test_whatever_happens_to_a_pack_of_the_last_snapshot_the_one_before_comes_back(here: Bench, how: str) -> None:
+async def test_whatever_happens_to_a_pack_of_the_last_snapshot_the_one_before_comes_back(
+    here: Bench, how: str, pack: int
+) -> None:
     first, _, before = await two_snapshots(here)
-    newest = list(here.blobs.puts)[-2]
+    newest = list(here.blobs.puts)[pack]
     assert "/packs/" in newest
     content = await here.blobs.inner.get(newest) or b""
     if how == "flipped":
@@ -182,7 +188,7 @@ async def test_whatever_happens_to_a_pack_of_the_last_snapshot_the_one_before_co
     elif how == "missing":
         await here.blobs.inner.delete(newest)
     else:
-        await here.blobs.inner.put(newest, content[:1000] if how == "cut" else b"")
+        await here.blobs.inner.put(newest, content[:50] if how == "cut" else b"")
     back = await here.restore()
     assert back is not None
     assert (back.snapshot.id, back.fell_back) == (first, True)
@@ -193,7 +199,7 @@ async def test_whatever_happens_to_a_pack_of_the_last_snapshot_the_one_before_co
 async def test_after_a_fall_back_the_same_work_done_again_is_stored_anew(here: Bench) -> None:
     await two_snapshots(here)
     again = tree(here.work)
-    newest = list(here.blobs.puts)[-2]
+    newest = list(here.blobs.puts)[-3]
     await here.damage(newest)
     assert await here.restore() is not None
     await here.save()
@@ -237,7 +243,21 @@ def test_links_that_may_lead_outside(path: bytes, target: bytes) -> None:
 
 
 def manifest(*entries: Entry, chunks: tuple[Chunk, ...] = ()) -> Manifest:
-    return Manifest(1, "snap_x", SESSION, 0, UUID, "", list(entries), list(chunks), [Pack("pack_x", 100)], [], 0)
+    return Manifest(list(entries), list(chunks), [Pack("pack_x", 100)])
+
+
+async def forge(one: Bench, made: Manifest) -> None:
+    """Make it the current snapshot, as if somebody had the keys."""
+    keys = await one.keys.of(OURS)
+    ids, sealed = seal_pages(cut(made, Bounds()), {}, keys)
+    packs = [*made.packs, Pack("pack_pages", len(sealed.pack))]
+    pages = [Chunk(chunk.id, 1, chunk.offset, chunk.stored, chunk.plain) for chunk in sealed.chunks]
+    assert [page.id for page in pages] == ids
+    head = Head(1, "snap_x", SESSION, 0, UUID, "", [], 0, 0, len(made.entries), pages, packs)
+    await one.blobs.put(f"snapshots/{OURS}/{SESSION}/packs/pack_pages", bytes(sealed.pack))
+    await one.blobs.put(f"snapshots/{OURS}/{SESSION}/manifests/snap_x", encode(head, keys))
+    row = rows.Current("snap_x", None, datetime.now(UTC), 0, 0, UUID, "")
+    await rows.replace(one.db, OURS, SESSION, row, seen=None)
 
 
 def file(path: bytes, **kw: object) -> Entry:
@@ -260,7 +280,6 @@ ESCAPES = {
     "device": [file(b"f", kind="c")],
     "setuid": [file(b"f", mode=0o4755)],
     "size": [file(b"f", size=5)],
-    "chunk": [file(b"f", size=5, chunks=(0,))],
 }
 
 
@@ -271,10 +290,7 @@ async def test_a_manifest_that_would_write_outside_or_contradicts_itself_is_refu
     made = manifest(*entries)
     with pytest.raises(SnapshotCorrupted, match="refused"):
         check(made, Bounds())
-    sealed = encode(made, await here.keys.of(OURS), Bounds())
-    await here.blobs.put(f"snapshots/{OURS}/{SESSION}/manifests/{made.id}", sealed)
-    row = rows.Current(made.id, None, datetime.now(UTC), 0, 0, UUID, "")
-    await rows.replace(here.db, OURS, SESSION, row, seen=None)
+    await forge(here, made)
     before = set(here.root.iterdir())
     with pytest.raises(SnapshotCorrupted):
         await here.restore()
@@ -287,6 +303,11 @@ async def test_a_manifest_that_would_write_outside_or_contradicts_itself_is_refu
 def test_a_chunk_outside_of_its_pack_is_refused(chunk: Chunk) -> None:
     with pytest.raises(SnapshotCorrupted, match="refused"):
         check(manifest(file(b"f", size=5, chunks=(0,)), chunks=(chunk,)), Bounds())
+
+
+def test_a_file_of_pieces_that_are_not_there_is_refused() -> None:
+    with pytest.raises(SnapshotCorrupted, match="do not make up"):
+        check(manifest(file(b"f", size=5, chunks=(0,))), Bounds())
 
 
 # Removing --------------------------------------------------------------------------------------------------------------
@@ -326,7 +347,7 @@ async def test_what_a_failed_save_left_behind_is_collected(here: Bench) -> None:
     await two_snapshots(here)
     keys = await here.keys_below()
     write(here.work, "changing", os.urandom(9 << 20))
-    here.blobs.calls, here.blobs.fail_at = 0, 4
+    here.blobs.calls, here.blobs.fail_at = 0, 6
     with pytest.raises(StorageUnavailable):
         await here.save()
     here.blobs.fail_at = None
@@ -426,3 +447,17 @@ async def test_a_full_disk_while_restoring_is_said_and_leaves_nothing(
     with pytest.raises(WrapperError, match="No space left"):
         await here.restore()
     assert not [path for path in Path(here.root).iterdir() if "back" in path.name]
+
+
+async def test_the_list_of_files_of_a_large_workspace_is_not_stored_again_for_one_file(here: Bench) -> None:
+    for number in range(3000):
+        write(here.work, f"d{number % 7}/f{number}", b"%d" % number)
+    first = await here.save()
+    written = []
+    for number in range(20):
+        write(here.work, f"d1/new{number}", b"x%d" % number)
+        written.append((await here.save()).bytes_written)
+    assert sorted(written)[len(written) // 2] < first.bytes_written / 5
+    back = await here.restore()
+    assert back is not None
+    assert tree(back.work) == tree(here.work)

@@ -149,7 +149,7 @@ async def test_equal_content_of_two_organisations_has_no_byte_in_common(here: Be
     from claude_wrapper.sessions.snapshots.packing import address_key
 
     assert address_key(ours) != address_key(theirs)
-    assert len({content for content in stored if content}) == 4
+    assert len({content for content in stored if content}) == 6
     assert not any(b"the same" in (content or b"") for content in stored)
 
 

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from claude_wrapper.sessions.snapshots.store import (
-    Collected,
-    Progress,
-    Restored,
-    Snapshot,
-    SnapshotSettings,
-    SnapshotStore,
-)
+from claude_wrapper.sessions.snapshots.store import SnapshotStore
+from claude_wrapper.sessions.snapshots.values import Collected, Progress, Restored, Snapshot, SnapshotSettings
 
 __all__ = ["Collected", "Progress", "Restored", "Snapshot", "SnapshotSettings", "SnapshotStore"]

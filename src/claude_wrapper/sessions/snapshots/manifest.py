@@ -1,13 +1,15 @@
 """What a snapshot consists of: pure data, its encoding, and the rules that it must keep to be written to a disk.
 
 A manifest lists the entries of two trees (`home` and `work`), the chunks that their files are made of, and the packs in
-which the chunks lie. Names and link targets are bytes, because file names are. It is msgpack, compressed and sealed.
+which the chunks lie. Names and link targets are bytes, because file names are. It is stored as a head and pages, which are
+msgpack, compressed and sealed; a page that did not change is not stored again, as a chunk is not.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +34,7 @@ MAX_SKIPPED: Final = 1_000
 """Skipped things that are listed by name; the count is exact."""
 TABLE: Final = "session_snapshots"
 _NAME_MAX: Final = 255
+_PAGE_ENTRIES: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,16 @@ class Skipped(msgspec.Struct, array_like=True, frozen=True):
     reason: str
 
 
-class Manifest(msgspec.Struct, frozen=True):
-    """One snapshot."""
+class Page(msgspec.Struct, array_like=True, frozen=True):
+    """Some entries that follow each other, with their chunks; numbers count within the page."""
+
+    entries: list[Entry]
+    chunks: list[Chunk]
+    packs: list[str]
+
+
+class Head(msgspec.Struct, frozen=True):
+    """The blob that the database names: where the pages of the list of files are, and all packs that are needed."""
 
     version: int
     id: str
@@ -104,16 +115,13 @@ class Manifest(msgspec.Struct, frozen=True):
     """Wall-clock time at which the scan began."""
     cli_uuid: str
     cli_version: str
-    entries: list[Entry]
-    chunks: list[Chunk]
-    packs: list[Pack]
     skipped: list[Skipped]
     skipped_count: int
-
-    @property
-    def bytes_logical(self) -> int:
-        """Bytes of all files."""
-        return sum(entry.size for entry in self.entries)
+    bytes_logical: int
+    """Bytes of all files."""
+    entry_count: int
+    pages: list[Chunk]
+    packs: list[Pack]
 
     @property
     def bytes_stored(self) -> int:
@@ -121,34 +129,106 @@ class Manifest(msgspec.Struct, frozen=True):
         return sum(pack.size for pack in self.packs)
 
 
+@dataclass(slots=True)
+class Manifest:
+    """One snapshot: all its pages put together."""
+
+    entries: list[Entry]
+    chunks: list[Chunk]
+    packs: list[Pack]
+    head: Head | None = None
+    """What it was read from."""
+
+    @property
+    def scanned_ns(self) -> int:
+        return self.head.scanned_ns if self.head is not None else 0
+
+
 class _Version(msgspec.Struct):
     version: int
 
 
-def encode(manifest: Manifest, keys: DataKeys, bounds: Bounds) -> bytes:
-    """Compressed and sealed for its place. Raises RequestTooLarge."""
-    plain = msgspec.msgpack.encode(manifest)
-    if len(plain) > bounds.manifest_bytes:
-        raise RequestTooLarge(
-            f"the list of files of session {manifest.session} has {len(plain)} bytes, "
-            f"more than the {bounds.manifest_bytes} that a snapshot may have: remove files"
-        )
-    return keys.seal(zstd.compress(plain, level=3), table=TABLE, record=_record(manifest.session, manifest.id))
+def encode(head: Head, keys: DataKeys) -> bytes:
+    """Compressed and sealed for its place."""
+    plain = msgspec.msgpack.encode(head)
+    return keys.seal(zstd.compress(plain, level=3), table=TABLE, record=_record(head.session, head.id))
 
 
-def decode(sealed: bytes, keys: DataKeys, session: str, manifest_id: str, bounds: Bounds) -> Manifest:
-    """The reverse. Raises SnapshotCorrupted for whatever is not a manifest of this session with this id."""
+def decode(sealed: bytes, keys: DataKeys, session: str, manifest_id: str, bounds: Bounds) -> Head:
+    """The reverse. Raises SnapshotCorrupted for whatever is not a snapshot of this session with this id."""
     try:
         packed = keys.open(sealed, table=TABLE, record=_record(session, manifest_id))
         plain = unpack(packed, bounds.manifest_bytes)
         version = msgspec.msgpack.decode(plain, type=_Version).version
         if version != VERSION:
             raise SnapshotCorrupted(f"snapshot {manifest_id} has format {version}; this version reads {VERSION}")
-        manifest = msgspec.msgpack.decode(plain, type=Manifest)
+        head = msgspec.msgpack.decode(plain, type=Head)
     except (Unreadable, zstd.ZstdError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise SnapshotCorrupted(f"the list of files of snapshot {manifest_id} cannot be read: {error}") from error
-    if (manifest.id, manifest.session) != (manifest_id, session):
-        raise SnapshotCorrupted(f"snapshot {manifest_id} says that it is {manifest.id} of {manifest.session}")
+    if (head.id, head.session) != (manifest_id, session):
+        raise SnapshotCorrupted(f"snapshot {manifest_id} says that it is {head.id} of {head.session}")
+    return head
+
+
+def cut(manifest: Manifest, bounds: Bounds) -> list[bytes]:
+    """The pages of a list of files, encoded. Raises RequestTooLarge.
+
+    A page ends where a path's checksum says so: a file that comes or goes changes its own page and no other.
+    """
+    pages: list[bytes] = []
+    group: list[Entry] = []
+    for entry in manifest.entries:
+        group.append(entry)
+        if zlib.crc32(entry.path) % _PAGE_ENTRIES == 0 or len(group) >= 8 * _PAGE_ENTRIES:
+            pages.append(_page(manifest, group))
+            group = []
+    if group:
+        pages.append(_page(manifest, group))
+    size = sum(len(page) for page in pages)
+    if size > bounds.manifest_bytes:
+        raise RequestTooLarge(
+            f"the list of files has {size} bytes, more than the {bounds.manifest_bytes} that a snapshot may have: "
+            "remove files from the workspace"
+        )
+    return pages
+
+
+def _page(manifest: Manifest, entries: list[Entry]) -> bytes:
+    numbers: dict[int, int] = {}
+    packs: dict[int, int] = {}
+    chunks: list[Chunk] = []
+    own: list[Entry] = []
+    for entry in entries:
+        for number in entry.chunks:
+            if number not in numbers:
+                numbers[number] = len(chunks)
+                chunk = manifest.chunks[number]
+                chunks.append(msgspec.structs.replace(chunk, pack=packs.setdefault(chunk.pack, len(packs))))
+        mine = tuple(numbers[number] for number in entry.chunks)
+        own.append(msgspec.structs.replace(entry, chunks=mine) if mine else entry)
+    return msgspec.msgpack.encode(Page(own, chunks, [manifest.packs[number].id for number in packs]))
+
+
+def join(head: Head, pages: Iterable[bytes]) -> Manifest:
+    """The pages put together. Raises SnapshotCorrupted."""
+    places = {pack.id: number for number, pack in enumerate(head.packs)}
+    numbers: dict[Chunk, int] = {}
+    manifest = Manifest([], [], head.packs, head)
+    try:
+        for encoded in pages:
+            page = msgspec.msgpack.decode(encoded, type=Page)
+            own: list[int] = []
+            for chunk in page.chunks:
+                there = Chunk(chunk.id, places[page.packs[chunk.pack]], chunk.offset, chunk.stored, chunk.plain)
+                if there not in numbers:
+                    numbers[there] = len(manifest.chunks)
+                    manifest.chunks.append(there)
+                own.append(numbers[there])
+            for entry in page.entries:
+                mine = tuple(own[number] for number in entry.chunks)
+                manifest.entries.append(msgspec.structs.replace(entry, chunks=mine) if mine else entry)
+    except (msgspec.MsgspecError, UnicodeDecodeError, IndexError, KeyError) as error:
+        raise SnapshotCorrupted(f"a page of snapshot {head.id} cannot be read: {error}") from error
     return manifest
 
 
@@ -184,13 +264,14 @@ def check(manifest: Manifest, bounds: Bounds) -> None:
 
     Raises RequestTooLarge for more than may be restored.
     """
-    if len(manifest.entries) > bounds.entries or manifest.bytes_logical > bounds.total_bytes:
+    total = sum(entry.size for entry in manifest.entries)
+    if len(manifest.entries) > bounds.entries or total > bounds.total_bytes:
         raise RequestTooLarge(
-            f"snapshot {manifest.id} has {len(manifest.entries)} entries and {manifest.bytes_logical} bytes; "
+            f"the snapshot has {len(manifest.entries)} entries and {total} bytes; "
             f"at most {bounds.entries} and {bounds.total_bytes} may be restored"
         )
     for problem in _problems(manifest, bounds):
-        raise SnapshotCorrupted(f"snapshot {manifest.id} is refused: {problem}")
+        raise SnapshotCorrupted(f"the snapshot is refused: {problem}")
 
 
 def _problems(manifest: Manifest, bounds: Bounds) -> Iterator[str]:

@@ -6,7 +6,6 @@ compressed and sealed by itself, one after the other. `read_portion` blocks: cal
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 import stat
@@ -18,7 +17,7 @@ from typing import Final
 
 from claude_wrapper.errors import InvalidRequest, NotFound
 from claude_wrapper.sandbox.files import open_beneath
-from claude_wrapper.sessions.snapshots.manifest import FILE, Chunk, Entry, Manifest, Pack
+from claude_wrapper.sessions.snapshots.manifest import FILE, Chunk, Entry, Head, Manifest, Pack
 from claude_wrapper.sessions.snapshots.scan import Found, Scan
 from claude_wrapper.vault.envelope import DataKeys
 
@@ -29,8 +28,11 @@ else:
 
 CHUNK_BYTES: Final = 1 << 20
 PORTION_BYTES: Final = 4 << 20
+_ADDRESS_BYTES: Final = 16
+"""Keyed: nobody outside can look for collisions; by chance one needs 2^64 chunks."""
 PORTION_FILES: Final = 1_000
 CHUNK_TABLE: Final = "session_snapshot_chunks"
+PAGE_TABLE: Final = "session_snapshot_pages"
 _RACY_NS: Final = 2_000_000_000
 """A file that was written this shortly before it was last read may have changed within the same time stamp."""
 _LEVEL: Final = 3
@@ -186,7 +188,7 @@ class _Reader:
         return ReadPiece(piece, tuple(ids), size, steady)
 
     def _chunk(self, content: bytes) -> bytes:
-        chunk = hmac.digest(self.address, content, hashlib.sha256)
+        chunk = hmac.digest(self.address, content, "sha256")[:_ADDRESS_BYTES]
         if chunk not in self.known and chunk not in self.own:
             self.own.add(chunk)
             sealed = self.keys.seal(zstd.compress(content, level=_LEVEL), table=CHUNK_TABLE, record=chunk.hex())
@@ -206,6 +208,28 @@ def _fill(descriptor: int, length: int, offset: int) -> bytes:
     return content
 
 
+MAX_PAGE_PACKS: Final = 16
+"""Packs that the pages of one list of files may be spread over; then all are written again, into one."""
+
+
+def seal_pages(
+    pages: Sequence[bytes], known: Mapping[bytes, tuple[str, int, int, int]], keys: DataKeys
+) -> tuple[list[bytes], Portion]:
+    """The addresses of encoded pages, and those that are not stored yet, sealed."""
+    address, result = address_key(keys), Portion()
+    ids = [hmac.digest(address, b"page\0" + page, "sha256")[:_ADDRESS_BYTES] for page in pages]
+    spread = {known[page][0] for page in ids if page in known}
+    stored = known if len(spread) < MAX_PAGE_PACKS else {}
+    new: set[bytes] = set()
+    for page, content in zip(ids, pages, strict=True):
+        if page not in stored and page not in new:
+            new.add(page)
+            sealed = keys.seal(zstd.compress(content, level=_LEVEL), table=PAGE_TABLE, record=page.hex())
+            result.chunks.append(NewChunk(page, len(result.pack), len(sealed), len(content)))
+            result.pack += sealed
+    return ids, result
+
+
 @dataclass(slots=True)
 class Index:
     """Where chunks lie: those of the manifest before, and those stored since."""
@@ -221,6 +245,15 @@ class Index:
         if base is not None:
             index.packs = {pack.id: pack.size for pack in base.packs}
             index.chunks = {c.id: (base.packs[c.pack].id, c.offset, c.stored, c.plain) for c in base.chunks}
+        return index
+
+    @classmethod
+    def of_pages(cls, head: Head | None) -> Index:
+        """The same of the pages of a list of files."""
+        index = cls()
+        if head is not None:
+            index.packs = {pack.id: pack.size for pack in head.packs}
+            index.chunks = {c.id: (head.packs[c.pack].id, c.offset, c.stored, c.plain) for c in head.pages}
         return index
 
     def add(self, pack: str, size: int, chunks: Sequence[NewChunk]) -> None:

@@ -84,7 +84,7 @@ def write_chunks(pack: bytes, chunks: Sequence[tuple[Chunk, Sequence[Place]]], i
     written = 0
     for chunk, places in chunks:
         sealed = pack[chunk.offset : chunk.offset + chunk.stored]
-        plain = _open(sealed, chunk, keys)
+        plain = open_chunk(sealed, chunk, keys)
         for path, offset in places:
             descriptor = os.open(into / path, _CREATE, 0o600)
             try:
@@ -102,9 +102,10 @@ def _write(descriptor: int, content: bytes, offset: int) -> int:
     return len(content)
 
 
-def _open(sealed: bytes, chunk: Chunk, keys: DataKeys) -> bytes:
+def open_chunk(sealed: bytes, chunk: Chunk, keys: DataKeys, *, table: str = CHUNK_TABLE) -> bytes:
+    """The content of a chunk or page. Raises SnapshotCorrupted."""
     try:
-        plain = unpack(keys.open(sealed, table=CHUNK_TABLE, record=chunk.id.hex()), chunk.plain)
+        plain = unpack(keys.open(sealed, table=table, record=chunk.id.hex()), chunk.plain)
     except (Unreadable, zstd.ZstdError) as error:
         raise SnapshotCorrupted(f"a stored piece of a file cannot be read: {error}") from error
     if len(plain) != chunk.plain:

@@ -9,7 +9,7 @@ current nor the previous manifest names, and that is older than any save may tak
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,14 +19,32 @@ from weakref import WeakValueDictionary
 import structlog
 
 from claude_wrapper.clock import Clock
-from claude_wrapper.errors import Conflict, InvalidRequest, SnapshotCorrupted, StorageUnavailable
+from claude_wrapper.errors import Conflict, InvalidRequest, RequestTooLarge, SnapshotCorrupted, StorageUnavailable
 from claude_wrapper.ids import Ids, well_formed
 from claude_wrapper.sandbox.files import remove_tree
 from claude_wrapper.sessions.snapshots import packing, restoring, rows
 from claude_wrapper.sessions.snapshots.manifest import VERSION as FORMAT
-from claude_wrapper.sessions.snapshots.manifest import Bounds, Chunk, Manifest, Skipped, check, decode, encode
+from claude_wrapper.sessions.snapshots.manifest import (
+    Chunk,
+    Head,
+    Manifest,
+    Pack,
+    check,
+    cut,
+    decode,
+    encode,
+    join,
+)
 from claude_wrapper.sessions.snapshots.rows import Current
 from claude_wrapper.sessions.snapshots.scan import Scan, scan
+from claude_wrapper.sessions.snapshots.values import (
+    Collected,
+    OnProgress,
+    Progress,
+    Restored,
+    Snapshot,
+    SnapshotSettings,
+)
 from claude_wrapper.sessions.snapshots.work import each, in_thread, within
 from claude_wrapper.storage.blobs import Blob, BlobStore
 from claude_wrapper.storage.engine import Database
@@ -40,83 +58,6 @@ PACK: Final = "pack"
 _MAX_PACK: Final = 2 * packing.PORTION_BYTES + packing.PORTION_FILES * (OVERHEAD + 64)
 _MOVED_BYTES: Final = 64 << 20
 """Stored bytes that one save moves out of worn packs at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotSettings:
-    """Bounds and patience."""
-
-    bounds: Bounds = field(default_factory=Bounds)
-    parallel: int = 2
-    """Portions (4 MiB) of one save or restore in work at once."""
-    blob_seconds: float = 60.0
-    """How long one call of the blob store may take."""
-    save_seconds: float = 3600.0
-    """How long a save may take; shorter than `grace_seconds`."""
-    grace_seconds: float = 6 * 3600.0
-    """How old a blob that nothing refers to must be before it is removed. Also bears the clocks' difference."""
-
-    def __post_init__(self) -> None:
-        if self.save_seconds * 2 > self.grace_seconds:
-            raise ValueError("grace_seconds must be at least twice save_seconds: a save's blobs must outlive it")
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A snapshot that is current, or was when it was told."""
-
-    id: str
-    session: str
-    created_at: datetime
-    bytes_logical: int
-    """Of all files."""
-    bytes_stored: int
-    """Of all packs that it needs, in the blob store."""
-    bytes_written: int
-    """Of what this save put into the blob store: packs and list of files."""
-    bytes_read: int
-    """Of the files that this save read."""
-    entries: int
-    cli_uuid: str
-    cli_version: str
-    skipped: tuple[Skipped, ...] = ()
-    """The first thousand of what is left out: sockets, devices, links that leave the tree, unreadable files."""
-    skipped_count: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """What came back."""
-
-    home: Path
-    work: Path
-    cli_uuid: str
-    snapshot: Snapshot
-    fell_back: bool
-    """The current snapshot was damaged: this is the one before it, and it is current now. Tell the caller."""
-    damage: str | None = None
-    """What was wrong with the current one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What was removed."""
-
-    blobs: int = 0
-    bytes: int = 0
-    left: int = 0
-    """Sessions that were left alone because a manifest could not be read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a save or restore is, in bytes of files; the total is known after the scan."""
-
-    done: int
-    total: int
-
-
-OnProgress = Callable[[Progress], None]
 
 
 @dataclass(slots=True)
@@ -231,25 +172,48 @@ class SnapshotStore:
         entries, chunks, packs = await in_thread(
             packing.assemble, found, comparison, saving.read, addresses, saving.index
         )
-        manifest = Manifest(
+        before = None if base is None else base.head
+        pages, all_packs = await self._store_pages(saving, Manifest(entries, chunks, packs), before)
+        head = Head(
             version=FORMAT,
             id=self._ids.new(MANIFEST),
             session=session,
             scanned_ns=int(now.timestamp() * 1e9),
             cli_uuid=start.cli_uuid,
             cli_version=start.cli_version,
-            entries=entries,
-            chunks=chunks,
-            packs=packs,
             skipped=found.skipped,
             skipped_count=found.skipped_count,
+            bytes_logical=sum(entry.size for entry in entries),
+            entry_count=len(entries),
+            pages=pages,
+            packs=all_packs,
         )
-        sealed = await in_thread(encode, manifest, keys, self._settings.bounds)
-        await self._put(_manifest_key(org, session, manifest.id), sealed)
-        new = _row(manifest, now, previous=base.id if base is not None else None)
+        sealed = await in_thread(encode, head, keys)
+        await self._put(_manifest_key(org, session, head.id), sealed)
+        new = _row(head, now, previous=before.id if before is not None else None)
         await rows.replace(self._db, org, session, new, seen=row.manifest if row is not None else None)
         read = sum(portion.bytes_read for portion in saving.read)
-        return _snapshot(manifest, new, written=saving.written + len(sealed), read=read)
+        return _snapshot(head, new, written=saving.written + len(sealed), read=read)
+
+    async def _store_pages(
+        self, saving: _Saving, manifest: Manifest, before: Head | None
+    ) -> tuple[list[Chunk], list[Pack]]:
+        """Store the pages that are new; where all pages are, and all packs that the snapshot needs."""
+        index = packing.Index.of_pages(before)
+        encoded = await in_thread(cut, manifest, self._settings.bounds)
+        ids, new = await in_thread(packing.seal_pages, encoded, index.chunks, saving.keys)
+        if new.chunks:
+            pack = self._ids.new(PACK)
+            await self._put(_pack_key(saving.org, saving.session, pack), bytes(new.pack))
+            index.add(pack, len(new.pack), new.chunks)
+            saving.written += len(new.pack)
+        places = {pack.id: number for number, pack in enumerate(manifest.packs)}
+        pages: list[Chunk] = []
+        for page in ids:
+            pack, offset, stored, plain = index.chunks[page]
+            pages.append(Chunk(page, places.setdefault(pack, len(places)), offset, stored, plain))
+        sizes = {pack.id: pack.size for pack in manifest.packs} | index.packs
+        return pages, [Pack(pack, sizes[pack]) for pack in places]
 
     async def _base(self, org: str, session: str, row: Current) -> Manifest | None:
         """The newest readable manifest: what is stored already."""
@@ -257,7 +221,7 @@ class SnapshotStore:
             if manifest_id is None:
                 continue
             try:
-                return await self._manifest(org, session, manifest_id)
+                return await self._read_pages(org, await self._head(org, session, manifest_id))
             except SnapshotCorrupted as error:
                 log.warning("snapshot.corrupted", session=session, snapshot=manifest_id, reason=error.message)
         return None
@@ -316,12 +280,12 @@ class SnapshotStore:
                 if manifest_id is None:
                     continue
                 try:
-                    manifest = await self._restore(org, session, manifest_id, into, progress)
+                    head = await self._restore(org, session, manifest_id, into, progress)
                 except SnapshotCorrupted as error:
                     log.warning("snapshot.corrupted", session=session, snapshot=manifest_id, reason=error.message)
                     damage = damage or error
                     continue
-                return await self._restored(session, into, row, org=org, manifest=manifest, damage=damage)
+                return await self._restored(session, into, row, org=org, head=head, damage=damage)
             raise SnapshotCorrupted(
                 f"no snapshot of session {session} can be read back: {damage.message if damage else 'none is left'}"
             )
@@ -333,12 +297,12 @@ class SnapshotStore:
         row: Current,
         *,
         org: str,
-        manifest: Manifest,
+        head: Head,
         damage: SnapshotCorrupted | None,
     ) -> Restored:
         if damage is not None:
             # Else the next save would build on the damaged one, and take over what cannot be read.
-            sound = _row(manifest, row.created_at, previous=None)
+            sound = _row(head, row.created_at, previous=None)
             try:
                 await rows.replace(self._db, org, session, sound, seen=row.manifest)
             except BaseException:
@@ -348,19 +312,18 @@ class SnapshotStore:
         return Restored(
             home=into / "home",
             work=into / "work",
-            cli_uuid=manifest.cli_uuid,
-            snapshot=_snapshot(manifest, row, written=0, read=0),
+            cli_uuid=head.cli_uuid,
+            snapshot=_snapshot(head, row, written=0, read=0),
             fell_back=damage is not None,
             damage=damage.message if damage is not None else None,
         )
 
-    async def _restore(
-        self, org: str, session: str, manifest_id: str, into: Path, progress: OnProgress | None
-    ) -> Manifest:
-        manifest = await self._manifest(org, session, manifest_id)
+    async def _restore(self, org: str, session: str, manifest_id: str, into: Path, progress: OnProgress | None) -> Head:
+        head = await self._head(org, session, manifest_id)
+        manifest = await self._read_pages(org, head)
         await in_thread(check, manifest, self._settings.bounds)
         keys = await self._org_keys.of(org)
-        count = _Counter(manifest.bytes_logical, progress)
+        count = _Counter(head.bytes_logical, progress)
         fresh = into.with_name(f".{into.name}.{self._ids.new('restoring')}")
 
         async def write(one: tuple[int, list[tuple[Chunk, list[restoring.Place]]]]) -> None:
@@ -383,7 +346,7 @@ class SnapshotStore:
                     f"snapshot {manifest_id} could not be written to the disk: {error.strerror}"
                 ) from error
             raise
-        return manifest
+        return head
 
     # Removing ---------------------------------------------------------------------------------------------------------
 
@@ -433,14 +396,38 @@ class SnapshotStore:
             return needed
         for manifest_id in (row.manifest, row.previous):
             if manifest_id is not None:
-                manifest = await self._manifest(org, session, manifest_id)
+                head = await self._head(org, session, manifest_id)
                 needed.add(_manifest_key(org, session, manifest_id))
-                needed |= {_pack_key(org, session, pack.id) for pack in manifest.packs}
+                needed |= {_pack_key(org, session, pack.id) for pack in head.packs}
         return needed
 
     # Blobs ------------------------------------------------------------------------------------------------------------
 
-    async def _manifest(self, org: str, session: str, manifest_id: str) -> Manifest:
+    async def _read_pages(self, org: str, head: Head) -> Manifest:
+        """The whole list of files. Raises SnapshotCorrupted, RequestTooLarge."""
+        bounds, keys = self._settings.bounds, await self._org_keys.of(org)
+        if sum(page.plain for page in head.pages) > bounds.manifest_bytes:
+            raise RequestTooLarge(
+                f"the list of files of snapshot {head.id} is larger than {bounds.manifest_bytes} bytes"
+            )
+        by_pack: dict[int, list[int]] = {}
+        for number, page in enumerate(head.pages):
+            if not 0 <= page.pack < len(head.packs):
+                raise SnapshotCorrupted(f"a page of snapshot {head.id} lies in no pack")
+            by_pack.setdefault(page.pack, []).append(number)
+        pages: dict[int, bytes] = {}
+
+        async def read(one: tuple[int, list[int]]) -> None:
+            pack = head.packs[one[0]]
+            content = await self._get(_pack_key(org, head.session, pack.id), bounds.manifest_bytes)
+            if content is None or len(content) != pack.size:
+                raise SnapshotCorrupted(f"a page of snapshot {head.id} is missing or has another length")
+            pages.update(await in_thread(_open_pages, content, head, one[1], keys))
+
+        await each(by_pack.items(), 4, read)
+        return await in_thread(join, head, [pages[number] for number in range(len(head.pages))])
+
+    async def _head(self, org: str, session: str, manifest_id: str) -> Head:
         bounds = self._settings.bounds
         sealed = await self._get(_manifest_key(org, session, manifest_id), bounds.manifest_bytes)
         if sealed is None:
@@ -499,32 +486,41 @@ def _pack_key(org: str, session: str, pack: str) -> str:
     return f"snapshots/{org}/{session}/packs/{pack}"
 
 
-def _row(manifest: Manifest, created_at: datetime, *, previous: str | None) -> Current:
+def _open_pages(content: bytes, head: Head, numbers: Sequence[int], keys: DataKeys) -> dict[int, bytes]:
+    opened: dict[int, bytes] = {}
+    for number in numbers:
+        page = head.pages[number]
+        sealed = content[page.offset : page.offset + page.stored]
+        opened[number] = restoring.open_chunk(sealed, page, keys, table=packing.PAGE_TABLE)
+    return opened
+
+
+def _row(head: Head, created_at: datetime, *, previous: str | None) -> Current:
     return Current(
-        manifest=manifest.id,
+        manifest=head.id,
         previous=previous,
         created_at=created_at,
-        bytes_logical=manifest.bytes_logical,
-        bytes_stored=manifest.bytes_stored,
-        cli_uuid=manifest.cli_uuid,
-        cli_version=manifest.cli_version,
+        bytes_logical=head.bytes_logical,
+        bytes_stored=head.bytes_stored,
+        cli_uuid=head.cli_uuid,
+        cli_version=head.cli_version,
     )
 
 
-def _snapshot(manifest: Manifest, row: Current, *, written: int, read: int) -> Snapshot:
+def _snapshot(head: Head, row: Current, *, written: int, read: int) -> Snapshot:
     return Snapshot(
-        id=manifest.id,
-        session=manifest.session,
+        id=head.id,
+        session=head.session,
         created_at=row.created_at,
         bytes_logical=row.bytes_logical,
         bytes_stored=row.bytes_stored,
         bytes_written=written,
         bytes_read=read,
-        entries=len(manifest.entries),
-        cli_uuid=manifest.cli_uuid,
-        cli_version=manifest.cli_version,
-        skipped=tuple(manifest.skipped),
-        skipped_count=manifest.skipped_count,
+        entries=head.entry_count,
+        cli_uuid=head.cli_uuid,
+        cli_version=head.cli_version,
+        skipped=tuple(head.skipped),
+        skipped_count=head.skipped_count,
     )
 
 
