@@ -79,7 +79,8 @@ class Admin:
         async with self.server.http.request(method, url, data=data, headers=sent) as response:
             raw = await response.read()
             is_json = response.content_type == "application/json"
-            return Reply(response.status, dict(response.headers), json.loads(raw) if is_json and raw else None, raw)
+            sent_back = {name.lower(): value for name, value in response.headers.items()}
+            return Reply(response.status, sent_back, json.loads(raw) if is_json and raw else None, raw)
 
     async def get(self, path: str, **kw: Any) -> Reply:
         return await self.call("GET", path, **kw)

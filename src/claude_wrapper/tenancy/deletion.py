@@ -82,7 +82,7 @@ async def purge_organization(
         erased |= await _erase_rows(tx, principal)
         announce_change(tx, org=principal.org)
         await scribe.record(tx, principal, "organization.purge", ("organization", principal.org), after=erased)
-    return PurgeReport(principal.org, erased, tuple(sorted(KEPT & metadata.tables.keys())))
+    return PurgeReport(principal.org, erased, tuple(sorted(str(name) for name in KEPT & metadata.tables.keys())))
 
 
 # tenant-scope: every statement names the principal's organisation; people are those found by it
@@ -101,12 +101,12 @@ async def _erase_rows(tx: AsyncConnection, principal: Principal) -> dict[str, in
             continue
         done = await tx.execute(table.delete().where(table.c.org_id == principal.org))
         if done.rowcount:
-            counts[table.name] = done.rowcount
+            counts[str(table.name)] = done.rowcount  # SQLAlchemy's names are a kind of text that JSON encoders refuse
     if people:
         leaving = users.delete().where(users.c.id.in_(people), sa.not_(users.c.is_operator))
-        counts[users.name] = (await tx.execute(leaving)).rowcount
+        counts[str(users.name)] = (await tx.execute(leaving)).rowcount
     done = await tx.execute(organizations.delete().where(owned(principal, organizations)))
-    counts[organizations.name] = done.rowcount
+    counts[str(organizations.name)] = done.rowcount
     return counts
 
 
