@@ -150,6 +150,7 @@ def main() -> None:
     for megabytes in options.megabytes:
         with tempfile.TemporaryDirectory(prefix="cw-bench-snapshots-", dir=options.directory) as name:
             results.append(asyncio.run(one_size(Path(name), megabytes)))
+        print(f"{megabytes} MB done", file=sys.stderr)
     json.dump(results, sys.stdout, indent=2)
     print()
 
