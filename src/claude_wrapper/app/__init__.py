@@ -23,9 +23,8 @@ from claude_wrapper.agent.launch import CHAT, agent_profile, locate_cli
 from claude_wrapper.agent.settings import AgentSettings
 from claude_wrapper.api.app import create_app
 from claude_wrapper.api.credentials import UpstreamCredentials
-from claude_wrapper.api.reports import Health, security_report
+from claude_wrapper.api.reports import security_report
 from claude_wrapper.api.state import ApiSettings, Deps
-from claude_wrapper.app import checks
 from claude_wrapper.app.egress import OrgHosts
 from claude_wrapper.app.resources import purge_expired_files, resource_means
 from claude_wrapper.app.telemetry import Telemetry
@@ -60,7 +59,6 @@ from claude_wrapper.sessions.process import ProcessFactory, Resume, SlotProcess,
 from claude_wrapper.sessions.resources.mcptokens import McpTokens
 from claude_wrapper.sessions.runner import RunnerSettings
 from claude_wrapper.sessions.spec import Owner
-from claude_wrapper.telemetry.pressure import MemoryReader
 from claude_wrapper.tenancy.principal import Principal
 
 log = structlog.get_logger(__name__)
@@ -153,8 +151,8 @@ class Server:
         """Take over what can change at run time. Settings that cannot be read change nothing, and the log says why."""
         try:
             settings = read()
-        except ConfigurationError as error:
-            log.error("settings.not_reloaded", cause=error.message)
+        except ConfigurationError:
+            log.exception("settings.not_reloaded")
             return
         self.telemetry.reload(settings)
         log.warning("settings.reloaded", log_level=settings.log_level)
@@ -194,8 +192,7 @@ async def running_server(
     for leftover in (*leftover_slots(slots_dir), *leftover_slots(data_dir / "kept")):
         await asyncio.to_thread(remove_tree, leftover)
     tasks = Tasks()
-    lifecycle = Lifecycle()
-    flight = InFlight()
+    lifecycle, flight = Lifecycle(), InFlight()
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(telemetry.close)
         telemetry.start()
@@ -288,22 +285,7 @@ async def running_server(
             return await telemetry.authenticated(request, authenticator)
 
         telemetry.follow(pool, conversations, broker, tenants)
-        memory = MemoryReader()
-        health = Health(
-            [
-                checks.pool_check(pool, settings.queue_length),
-                checks.processes_check(pool),
-                checks.memory_check(memory),
-                checks.disk_check(data_dir),
-                checks.database_check(tenants.database),
-                *([checks.redis_check(tenants.state)] if settings.redis_url else []),
-                checks.upstream_check(broker),
-                checks.loop_check(telemetry.lag),
-            ],
-            clock,
-            __version__,
-            told=lambda check, ok: telemetry.metrics.health.set(ok, check=check),
-        )
+        health = telemetry.health(settings, data_dir, pool, tenants, broker)
         stack.push_async_callback(health.close)
 
         deps = Deps(
@@ -333,7 +315,7 @@ async def running_server(
             health=health.report,
             metrics=telemetry.metrics,
             refuse_while_shut=broker.refuse_while_shut,
-            protect=telemetry.protection(settings, memory),
+            protect=telemetry.protection(settings),
             lifecycle=lifecycle,
             clock=clock,
             ids=ids,

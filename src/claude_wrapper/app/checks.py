@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from claude_wrapper.api.reports import Check, Found
 from claude_wrapper.broker.breaker import State
 from claude_wrapper.broker.broker import Broker
+from claude_wrapper.config import Settings
 from claude_wrapper.pool.pool import Pool
 from claude_wrapper.sessions.process import SlotProcess
 from claude_wrapper.storage.engine import Database
@@ -122,3 +123,27 @@ def loop_check(lag: LoopLag) -> Check:
         return Found(lag.last < _LAG_SECONDS, figures)
 
     return Check("loop", look, matters=False)
+
+
+def all_checks(
+    settings: Settings,
+    data_dir: Path,
+    pool: Pool[SlotProcess],
+    *,
+    database: Database,
+    state: SharedState,
+    broker: Broker,
+    memory: MemoryReader,
+    lag: LoopLag,
+) -> list[Check]:
+    """Every check that this configuration has."""
+    return [
+        pool_check(pool, settings.queue_length),
+        processes_check(pool),
+        memory_check(memory),
+        disk_check(data_dir),
+        database_check(database),
+        *([redis_check(state)] if settings.redis_url else []),
+        upstream_check(broker),
+        loop_check(lag),
+    ]

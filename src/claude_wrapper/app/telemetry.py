@@ -10,9 +10,12 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 from starlette.requests import Request
 
+from claude_wrapper.api.reports import Health
+from claude_wrapper.app.checks import all_checks
 from claude_wrapper.app.tenants import Tenants
 from claude_wrapper.app.watches import (
     Calls,
@@ -86,6 +89,7 @@ class Telemetry:
                 settings.otel_endpoint, resource=resource, sample=settings.otel_sample, redactor=self.redactor
             )
         self.lag = LoopLag(clock, self.metrics.loop_lag.observe)
+        self.memory = MemoryReader()
         self.requests = Requests(self.metrics, self.tracer)
         self.turns = Turns(self.metrics, self.tracer, clock, tools=bool(settings.otel_endpoint))
         self.calls = Calls(self.metrics, self.tracer, self.turns, self.models)
@@ -121,10 +125,30 @@ class Telemetry:
             fields |= {"org": principal.org, "key": principal.key_id}
         return principal
 
-    def protection(self, settings: Settings, memory: MemoryReader) -> Callable[[], None]:
+    def checked(self, check: str, ok: bool) -> None:
+        """A health check was made."""
+        self.metrics.health.set(ok, check=check)
+
+    def health(
+        self, settings: Settings, data_dir: Path, pool: Pool[SlotProcess], tenants: Tenants, broker: Broker
+    ) -> Health:
+        """What `/health` looks at; the caller closes it."""
+        looks = all_checks(
+            settings,
+            data_dir,
+            pool,
+            database=tenants.database,
+            state=tenants.state,
+            broker=broker,
+            memory=self.memory,
+            lag=self.lag,
+        )
+        return Health(looks, self.clock, self.metrics.version, told=self.checked)
+
+    def protection(self, settings: Settings) -> Callable[[], None]:
         """What is asked before each new turn: raises PoolOverloaded while the machine is short of memory."""
         limits = ShedSettings(settings.shed_memory_share, settings.shed_pressure, settings.shed_lag_seconds)
-        shedder = Shedder(limits, memory, self.lag, self.clock)
+        shedder = Shedder(limits, self.memory, self.lag, self.clock)
 
         def protect() -> None:
             if reason := shedder.reason():

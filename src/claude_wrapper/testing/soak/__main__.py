@@ -17,7 +17,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--callers", type=int, default=6)
+    parser.add_argument("--callers", type=int, default=10)
     parser.add_argument(
         "--report", type=Path, default=Path("docs/soak"), help="directory of index.html and result.json"
     )

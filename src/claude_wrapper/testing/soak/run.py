@@ -36,9 +36,9 @@ class SoakSettings:
 
     seconds: float = 600.0
     seed: int = 1
-    callers: int = 6
-    max_processes: int = 12
-    process_fault_every: float = 6.0
+    callers: int = 10
+    max_processes: int = 16
+    process_fault_every: float = 3.0
     server_fault_every: float = 120.0
     calm_p99_seconds: float = 20.0
     most_resident_bytes: float = 700 * 2**20
