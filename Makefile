@@ -29,7 +29,7 @@ serve: setup ## Start the server on embedded defaults
 	@$(BIN)/claude-wrapper serve
 
 test: setup ## Run every test
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n auto --dist loadfile
 
 check: setup ## Format, lint, types, import directions, generated documents
 	@$(BIN)/ruff format --check .
@@ -49,6 +49,9 @@ bench: setup ## Measure, as ratios side by side; prints tables and writes bench/
 
 attack: setup ## Attack every sandbox level from the inside
 	@$(BIN)/python -m claude_wrapper.testing.attack
+
+soak: setup ## Ten minutes of load and faults; SOAK_SECONDS and SOAK_SEED change length and plan
+	@$(BIN)/python -m claude_wrapper.testing.soak --seconds $(or $(SOAK_SECONDS),600) --seed $(or $(SOAK_SEED),1) --report docs/soak
 
 clean: ## Remove what the targets above installed
 	rm -rf .venv .venv-sdk1 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

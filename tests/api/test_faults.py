@@ -115,9 +115,13 @@ async def test_upstream_refusals_arrive_with_their_status_and_retry_after(server
         assert answer.headers["Retry-After"] == "1"
 
 
-async def test_a_stream_that_is_cut_is_repeated_by_the_cli_or_told(server: Running) -> None:
-    answer = await server.ask("[[cut 3]] [[tokens 9]]")
-    assert (answer.status, answer.text.strip()) == (200, "1 2 3 4 5 6 7 8 9")
+async def test_a_stream_that_is_cut_is_an_error_and_its_retry_starts_from_the_same_history(server: Running) -> None:
+    cut = await server.ask("[[cut 3]] [[once]] [[tokens 9]]", session_id="s")
+    assert (cut.status, cut.body["error"]["type"]) == (502, "api_error")
+    retried = await server.ask("[[cut 3]] [[once]] [[tokens 9]]", session_id="s")
+    assert (retried.status, retried.text.strip()) == (200, "1 2 3 4 5 6 7 8 9")
+    user = [one for one in server.upstream.calls[-1].body["messages"] if one["role"] == "user"]
+    assert len(user) == 1
 
 
 async def test_a_silent_upstream_ends_the_turn_in_bounded_time(reachable_tmp_path: Path) -> None:

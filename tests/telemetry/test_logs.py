@@ -136,9 +136,9 @@ def test_the_operator_may_ask_for_foreign_messages_and_secrets_in_them_stay_mask
 
 
 def test_the_standard_librarys_records_become_lines_of_ours(logs: Logs, out: io.StringIO) -> None:
-    logging.getLogger("uvicorn.error").warning("started with %s", SECRET)
+    logging.getLogger("some.library").warning("started with %s", SECRET)
     (line,) = lines(out)
-    assert (line["event"], line["module"], line["level"]) == ("library.logged", "uvicorn.error", "warning")
+    assert (line["event"], line["module"], line["level"]) == ("library.logged", "some.library", "warning")
     assert line["message"] == "started with [redacted]"
 
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from claude_wrapper.wire.usage import Usage
 
+STREAM_CUT = "stream_cut"
+"""Error type of a call whose stream broke off after it had begun (its status is the upstream's 200)."""
 DONE_BY_CLIENT = 499
 """Status of a call that the process, or the turn's end, cut before it was answered."""
 

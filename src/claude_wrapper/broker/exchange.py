@@ -15,7 +15,7 @@ from claude_wrapper import errors, ids
 from claude_wrapper.broker import inject, retry
 from claude_wrapper.broker.attempt import Opened, Rejected, attempt, request_id
 from claude_wrapper.broker.breaker import Verdict, verdict
-from claude_wrapper.broker.calls import DONE_BY_CLIENT, Binding, Reservation, TurnContext, UpstreamCall
+from claude_wrapper.broker.calls import DONE_BY_CLIENT, STREAM_CUT, Binding, Reservation, TurnContext, UpstreamCall
 from claude_wrapper.broker.http1 import Reply
 from claude_wrapper.broker.inject import Headers
 from claude_wrapper.broker.means import Means
@@ -249,7 +249,7 @@ class Exchange:
                     await reply.drain()
                 chunk = await answer.read()
         except UpstreamFailure as failure:
-            self._error = ("stream_cut", failure.message)
+            self._error = (STREAM_CUT, failure.message)
             reply.cut()
             return
         except TimeoutError:
@@ -268,7 +268,7 @@ class Exchange:
         """The answer ended as HTTP has it; a stream must also have said that it is complete."""
         whole = self._meter.complete or not streamed
         self._complete = whole and self._meter.error is None
-        self._error = None if self._complete else ("stream_cut", "The upstream ended its stream early.")
+        self._error = None if self._complete else (STREAM_CUT, "The upstream ended its stream early.")
 
     def _refused(self, refusal: Refusal) -> None:
         self._status = refusal.status

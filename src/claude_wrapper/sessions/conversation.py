@@ -20,9 +20,10 @@ import structlog
 
 from claude_wrapper.agent.launch import CHAT
 from claude_wrapper.agent.turns import Turn as AgentTurn
-from claude_wrapper.broker.calls import Binding, TurnContext, UpstreamCall
+from claude_wrapper.broker.calls import STREAM_CUT, Binding, TurnContext, UpstreamCall
 from claude_wrapper.clock import Clock
 from claude_wrapper.errors import (
+    AgentCrashed,
     AgentTimeout,
     Conflict,
     Draining,
@@ -87,6 +88,12 @@ class _Running:
     """It goes on in another process, later."""
     parked: asyncio.Event | None = None
     """Set while the turn waits for tool results; the event says that the next leg is attached."""
+
+
+class _DiedIdle(WrapperError):
+    """The conversation's own process had ended before it took the turn."""
+
+    code = AgentCrashed.code
 
 
 class Conversation:
@@ -285,6 +292,14 @@ class Conversation:
             await asyncio.shield(asyncio.ensure_future(journal.end(self._end)))
 
     async def _on_process(self, turn_input: TurnInput, leg: Leg) -> bool:
+        try:
+            return await self._attempt(turn_input, leg)
+        except _DiedIdle as died:
+            # It had ended between two turns, before anything was asked: another process takes the turn.
+            log.info("turn.moved", session=self.session, cause=str(died.__cause__))
+            return await self._attempt(turn_input, leg)
+
+    async def _attempt(self, turn_input: TurnInput, leg: Leg) -> bool:
         claim = await self._claim(turn_input)
         keep = Keep.DISCARD
         try:
@@ -298,6 +313,10 @@ class Conversation:
             leg.start(started)
             self._watch.started(started)
             keep, settled = await self._converse(process, turn_input, leg, started)
+        except AgentCrashed as crashed:
+            if claim.kind is Kind.WARM:
+                raise _DiedIdle from crashed
+            raise
         except (InvalidRequest, UpstreamError):
             # Nothing was said yet: the process is as good as before.
             keep = Keep.SESSION if claim.kind is Kind.WARM else Keep.DETACH
@@ -386,6 +405,7 @@ class Conversation:
         agent_turn = process.agent.turn(turn_input.content, uuid=line)
         error: WrapperError | None = None
         calls: Sequence[UpstreamCall] = ()
+        silent = True
         try:
             async with asyncio.timeout(turn_input.turn_seconds) as deadline, agent_turn:
                 self._running = running = _Running(
@@ -394,6 +414,7 @@ class Conversation:
                 )  # fmt: skip
                 self.messages = [*turn_input.history, *running.user_messages]
                 async for frame in agent_turn:
+                    silent = False
                     if self.journal is not None:
                         await self.journal.frame(frame)
                     await self._deliver(running, frame)
@@ -406,6 +427,9 @@ class Conversation:
         finally:
             calls = await process.endpoint.end()
             self._running = None
+        if silent and isinstance(error, AgentCrashed) and started.kind == Kind.WARM and not leg.gone:
+            self.messages.pop()
+            raise error
         return await self._conclude(running, line, error, calls)
 
     async def _conclude(
@@ -600,6 +624,8 @@ async def _set_model(process: SlotProcess, model: str) -> None:
 def _upstream_error(calls: Sequence[UpstreamCall]) -> UpstreamError | None:
     """The last call that failed, as the broker saw it."""
     for call in reversed(calls):
+        if call.error_type == STREAM_CUT:
+            return UpstreamError(call.error_message, status=502, upstream_request_id=call.upstream_request_id)
         if call.status >= 400:
             return UpstreamError(
                 call.error_message,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from claude_wrapper.api.state import Deps
+from claude_wrapper.sessions.resources.erasing import BlobsOfResources
 from claude_wrapper.tenancy.deletion import Eraser
 from claude_wrapper.tenancy.principal import Principal
 from claude_wrapper.vault.erasure import erase_vault
@@ -12,7 +13,7 @@ from claude_wrapper.vault.erasure import erase_vault
 
 def erasers(deps: Deps, principal: Principal) -> tuple[Eraser, ...]:
     """In the order in which they run: first what runs, then what lies on disk, then the keys that open the rest."""
-    return (_Sessions(deps), _Vault(deps, principal))
+    return (_Sessions(deps), BlobsOfResources(deps.resources.blobs), _Vault(deps, principal))
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from claude_wrapper.storage.blobs import BlobStore
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BlobsOfResources:
     """An eraser of `tenancy.deletion`: files and skills. Their rows go with the organisation's other rows."""
 
