@@ -412,9 +412,11 @@ def _networks(texts: Sequence[str]) -> tuple[ipaddress.IPv4Network | ipaddress.I
 
 
 def _pool_settings(settings: Settings, policy: SecurityPolicy) -> PoolSettings:
+    agents = min(settings.agent_spares, max(0, settings.max_processes - settings.spares)) if policy.tools else 0
+    if agents < settings.agent_spares:
+        log.info("pool.fewer_agent_spares", wanted=settings.agent_spares, kept=agents, tools=len(policy.tools))
     return PoolSettings(
-        spares={CHAT: settings.spares}
-        | ({agent_profile(tuple(sorted(policy.tools))): settings.agent_spares} if policy.tools else {}),
+        spares={CHAT: settings.spares} | ({agent_profile(tuple(sorted(policy.tools))): agents} if agents else {}),
         max_processes=settings.max_processes,
         max_processes_per_org=settings.max_processes_per_org,
         max_processes_per_principal=settings.max_processes_per_principal,
