@@ -150,7 +150,8 @@ async def _spares_ready(http: aiohttp.ClientSession) -> None:
 
 
 async def _ask(http: aiohttp.ClientSession, history: list[dict[str, str]], question: str, console: Console) -> Answer:
-    console.print(f"[bold cyan]you[/bold cyan]     {question}")
+    console.print("[bold cyan]you[/bold cyan]     ", end="")
+    console.print(question, markup=False, highlight=False)
     console.print("[bold green]claude[/bold green]  ", end="")
     body = {
         "model": "claude-sonnet-5-5",
