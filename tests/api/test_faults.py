@@ -10,7 +10,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import aiohttp
 import pytest
 
 from running_server import Answer, Running, running
@@ -199,4 +198,3 @@ async def test_a_stopped_server_leaves_no_process_descriptor_or_file(reachable_t
     await _eventually(lambda: _children() <= children)
     assert _descriptors() <= descriptors
     assert list((reachable_tmp_path / "data" / "slots").iterdir()) == []
-    assert aiohttp is not None

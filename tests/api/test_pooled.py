@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ TOKENS = {"access_token": "sk-ant-oat01-abc", "refresh_token": "sk-ant-ort01-abc
 
 
 async def _curl(url: str, *arguments: str) -> str:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed: apt-get install curl")
     process = await asyncio.create_subprocess_exec(
         "curl", "-sS", "-N", *arguments, url, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )

@@ -53,12 +53,10 @@ class ApiSettings:
     """What the routes need to know of the settings."""
 
     max_body_bytes: int
-    allow_oauth: bool
     turn_seconds: float
     max_processes_per_org: int
     queue_seconds: float
     queue_length: int
-    default_model: str
     model_aliases: Mapping[str, str]
     metrics_public: bool = False
 

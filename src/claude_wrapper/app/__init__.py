@@ -291,9 +291,7 @@ async def running_server(
         deps = Deps(
             settings=ApiSettings(
                 max_body_bytes=settings.max_body_bytes,
-                allow_oauth=settings.allow_oauth,
                 turn_seconds=turn_seconds,
-                default_model=settings.default_model,
                 max_processes_per_org=settings.max_processes_per_org,
                 queue_seconds=settings.queue_seconds,
                 queue_length=settings.queue_length,
