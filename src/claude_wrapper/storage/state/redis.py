@@ -80,45 +80,34 @@ ARGV[#ARGV + 1] = string.format('%.0f', tonumber(time_now[1]) * 1000000 + tonumb
 """
 
 
-def _ms(seconds: float) -> int:
+def milliseconds(seconds: float) -> int:
+    """As Redis counts times to live: at least 1."""
     return max(1, round(seconds * 1000))
 
 
-class RedisState:
-    """`SharedState` on Redis. `prefix` keeps several servers apart on one Redis."""
+class RedisLink:
+    """Connections to one server: exchanges are bounded in time, failures are StorageUnavailable."""
 
-    def __init__(self, url: str, *, prefix: str = "cw", max_connections: int = 50, timeout: float = 2.0) -> None:
+    def __init__(self, url: str, *, max_connections: int, timeout: float) -> None:
         """`url`: `redis://`, `rediss://` or `unix://`; `timeout`: seconds for connecting, for one command, for a place."""
         # No socket_timeout (its default is not None): redis-py applies it with asyncio.wait_for, which on Python 3.11 swallows a cancellation that
         # arrives together with the answer (python/cpython#86296). Each command gets an asyncio.timeout here instead.
         # The client's own retries would count twice what was counted, and hide that a subscription had a gap.
-        once = Retry(NoBackoff(), 0)
         pool = redis_client.BlockingConnectionPool.from_url(
             url,
-            retry=once,
+            retry=Retry(NoBackoff(), 0),
             max_connections=max_connections,
             timeout=timeout,
             socket_timeout=None,
             socket_connect_timeout=timeout,
             health_check_interval=30,
         )
-        self._client: Any = redis_client.Redis(connection_pool=pool)
-        # Subscriptions wait for as long as nobody speaks: their connection has no read time-out.
-        self._listening_client: Any = redis_client.Redis.from_url(
-            url, socket_timeout=None, socket_connect_timeout=timeout, retry=once
-        )
-        self._prefix = prefix
-        self._digests: dict[str, str] = {}
-        self._fanout = Fanout()
-        self._pubsub: Any = None
-        self._listener: asyncio.Task[None] | None = None
-        self._confirmed: dict[str, asyncio.Event] = {}
-        self._gate = asyncio.Lock()
+        self.client: Any = redis_client.Redis(connection_pool=pool)
         self._timeout = timeout
-        self._closed = False
+        self._digests: dict[str, str] = {}
 
     @asynccontextmanager
-    async def _asked(self) -> AsyncIterator[None]:
+    async def asked(self) -> AsyncIterator[None]:
         """One exchange with the server: bounded in time, its failures mapped."""
         try:
             async with asyncio.timeout(self._timeout):
@@ -127,10 +116,50 @@ class RedisState:
             # The text of a Redis error may quote what was sent; its class says enough.
             raise StorageUnavailable(f"the shared state (Redis) cannot be used: {type(error).__name__}") from error
 
+    async def eval(self, lua: str, keys: Sequence[str], args: Sequence[Any]) -> list[Any]:
+        """Run a script in one exchange; two when the server does not know it yet."""
+        digest = self._digests.get(lua)
+        if digest is None:
+            digest = self._digests[lua] = hashlib.sha1(lua.encode(), usedforsecurity=False).hexdigest()
+        async with self.asked():
+            try:
+                return list(await self.client.evalsha(digest, len(keys), *keys, *args))
+            except NoScriptError:
+                return list(await self.client.eval(lua, len(keys), *keys, *args))
+
+    async def close(self) -> None:
+        """Let the connections go."""
+        with suppress(RedisError, OSError, TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self.client.aclose()
+                await self.client.connection_pool.disconnect()
+
+
+class RedisState:
+    """`SharedState` on Redis. `prefix` keeps several servers apart on one Redis."""
+
+    def __init__(self, url: str, *, prefix: str = "cw", max_connections: int = 50, timeout: float = 2.0) -> None:
+        """See `RedisLink`."""
+        self._link = RedisLink(url, max_connections=max_connections, timeout=timeout)
+        self._client = self._link.client
+        self._asked, self._eval = self._link.asked, self._link.eval
+        # Subscriptions wait for as long as nobody speaks: their connection has no read time-out.
+        self._listening_client: Any = redis_client.Redis.from_url(
+            url, socket_timeout=None, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
+        )
+        self._prefix = prefix
+        self._fanout = Fanout()
+        self._pubsub: Any = None
+        self._listener: asyncio.Task[None] | None = None
+        self._confirmed: dict[str, asyncio.Event] = {}
+        self._gate = asyncio.Lock()
+        self._timeout = timeout
+        self._closed = False
+
     # counters, values ------------------------------------------------------------------------------------------------
 
     async def increment(self, key: str, by: int = 1, *, ttl: float) -> int:
-        return int((await self._eval(_INCREMENT, [self._key("c", key)], [by, _ms(ttl)]))[0])
+        return int((await self._eval(_INCREMENT, [self._key("c", key)], [by, milliseconds(ttl)]))[0])
 
     async def count(self, key: str) -> int:
         async with self._asked():
@@ -143,13 +172,15 @@ class RedisState:
 
     async def set(self, key: str, value: bytes, *, ttl: float | None = None) -> None:
         async with self._asked():
-            await self._client.set(self._key("v", key), value, px=None if ttl is None else _ms(ttl))
+            await self._client.set(self._key("v", key), value, px=None if ttl is None else milliseconds(ttl))
 
     async def compare_and_set(
         self, key: str, expected: bytes | None, value: bytes | None, *, ttl: float | None = None
     ) -> bool:
         args = [int(expected is not None), expected or b"", int(value is not None), value or b""]
-        done = await self._eval(_COMPARE_AND_SET, [self._key("v", key)], [*args, 0 if ttl is None else _ms(ttl)])
+        done = await self._eval(
+            _COMPARE_AND_SET, [self._key("v", key)], [*args, 0 if ttl is None else milliseconds(ttl)]
+        )
         return bool(done[0])
 
     async def delete(self, key: str) -> bool:
@@ -160,11 +191,11 @@ class RedisState:
 
     async def acquire(self, name: str, holder: str, *, ttl: float) -> Lease | None:
         keys = [self._key("l", name), self._key("fence", "last")]
-        token = int((await self._eval(_ACQUIRE, keys, [holder, _ms(ttl)]))[0])
+        token = int((await self._eval(_ACQUIRE, keys, [holder, milliseconds(ttl)]))[0])
         return Lease(name, holder, token, ttl) if token else None
 
     async def renew(self, lease: Lease) -> bool:
-        return bool((await self._eval(_RENEW, [self._key("l", lease.name)], [lease.token, _ms(lease.ttl)]))[0])
+        return bool((await self._eval(_RENEW, [self._key("l", lease.name)], [lease.token, milliseconds(lease.ttl)]))[0])
 
     async def release(self, lease: Lease) -> bool:
         return bool((await self._eval(_RELEASE, [self._key("l", lease.name)], [lease.token]))[0])
@@ -259,16 +290,6 @@ class RedisState:
         found = await self._eval(_PREAMBLE + script.lua, [self._key("s", key) for key in keys], args)
         return [item.decode() if isinstance(item, bytes) else int(item) for item in found]
 
-    async def _eval(self, lua: str, keys: Sequence[str], args: Sequence[Any]) -> list[Any]:
-        digest = self._digests.get(lua)
-        if digest is None:
-            digest = self._digests[lua] = hashlib.sha1(lua.encode(), usedforsecurity=False).hexdigest()
-        async with self._asked():
-            try:
-                return list(await self._client.evalsha(digest, len(keys), *keys, *args))
-            except NoScriptError:
-                return list(await self._client.eval(lua, len(keys), *keys, *args))
-
     def _key(self, kind: str, key: str) -> str:
         return f"{self._prefix}:{kind}:{key}"
 
@@ -289,7 +310,6 @@ class RedisState:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 if pubsub is not None:
                     await pubsub.aclose()
-                await self._client.aclose()
-                await self._client.connection_pool.disconnect()
                 await self._listening_client.aclose()
                 await self._listening_client.connection_pool.disconnect()
+        await self._link.close()
