@@ -310,7 +310,6 @@ class Conversation:
             await self._prepare(process, claim.kind, turn_input)
             await process.reach(self.owner.org)
             started = Started(self.session, turn, process.pid, claim.kind.value, claim.waited_seconds)
-            leg.start(started)
             self._watch.started(started)
             keep, settled = await self._converse(process, turn_input, leg, started)
         except AgentCrashed as crashed:
@@ -414,7 +413,9 @@ class Conversation:
                 )  # fmt: skip
                 self.messages = [*turn_input.history, *running.user_messages]
                 async for frame in agent_turn:
-                    silent = False
+                    if silent:  # only now is it sure who answers: a process that died while idle is replaced
+                        silent = False
+                        leg.start(started)
                     if self.journal is not None:
                         await self.journal.frame(frame)
                     await self._deliver(running, frame)

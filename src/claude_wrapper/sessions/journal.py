@@ -73,6 +73,8 @@ class _Turn:
     cleanup: contextlib.AsyncExitStack
     open_calls: set[str]
     """The model's ids of calls whose answers the process has not been given."""
+    told: asyncio.Event
+    """Set while no model message is being said: what its caller may have been answered with already."""
     lost: bool = False
     """The process gave up waiting for the client, which still may answer: what it says since then does not count."""
 
@@ -112,6 +114,9 @@ class SessionJournal:
         """Return when what the process has said until now is in the log; who was just answered finds it there."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CATCH_UP_SECONDS):
+                if self._turn is not None and self._conversation.awaiting_tools:
+                    # A caller has its calls a moment before the message that made them is over.
+                    await self._turn.told.wait()
                 if self._writing is not None:
                     await asyncio.wait({self._writing})
                 if self._turn is not None and self._turn.translator.outcome is not None:
@@ -159,7 +164,9 @@ class SessionJournal:
             cleanup = cleanup.pop_all()
             opened = {one.tool_use_id for one in known if one.kind != "tool" and one.answered_at is None}
             self._idle.clear()
-            self._turn = _Turn(translator, recorder, inflight, turn_input, now, start, replaying, cleanup, opened)
+            self._turn = _Turn(
+                translator, recorder, inflight, turn_input, now, start, replaying, cleanup, opened, asyncio.Event()
+            )
             self._failed, self.taking, self.interrupted = None, (), False
         return turn_input
 
@@ -173,6 +180,10 @@ class SessionJournal:
         if turn.lost:
             return
         output = turn.translator.feed(frame)
+        if turn.translator.speaking:
+            turn.told.clear()
+        else:
+            turn.told.set()
         if self._gave_up(turn, output):
             turn.lost = True
             self._conversation.doubt()

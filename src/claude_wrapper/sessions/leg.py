@@ -25,7 +25,7 @@ _STALL_SECONDS: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Said once a process has taken the turn."""
+    """Said once a process has begun to answer the turn."""
 
     session: str
     turn: str

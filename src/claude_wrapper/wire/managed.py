@@ -114,6 +114,11 @@ class TurnTranslator:
         self._failed_servers: set[str] = set()
         self._notice = ""
 
+    @property
+    def speaking(self) -> bool:
+        """A message of the session's own agent has begun and is not over."""
+        return self._main.speaking
+
     def feed(self, frame: FrameLike) -> Output:
         """Everything that this frame means; often nothing."""
         out = Output()
@@ -292,6 +297,10 @@ class _Stream:
         self._open: list[tuple[str, str]] = []  # previewed blocks that have no event yet: (kind, event id)
         self._by_index: dict[int, str] = {}
         self._offsets: dict[str, int] = {}
+
+    @property
+    def speaking(self) -> bool:
+        return self._span is not None
 
     def made(self, kind: str, **fields: Any) -> Event:
         event = self._turn.made(kind, **fields)
