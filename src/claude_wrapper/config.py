@@ -155,6 +155,11 @@ class Settings:
     security_level: str = setting(
         "balanced", "What agents may do: see docs/security-levels.md.", choices=("strict", "balanced", "permissive")
     )
+    security_loosest: str | None = setting(
+        None,
+        "The loosest level that an organisation's admin may choose for it; default: the server's own.",
+        choices=("strict", "balanced", "permissive"),
+    )
     egress_hosts: tuple[str, ...] = setting(
         (),
         "Hosts that sandboxes with an allow-list may reach, beside the built-in package registries and git hosts; `*.example.com` allows subdomains.",

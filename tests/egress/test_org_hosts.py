@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from claude_wrapper.app.egress import KEPT_SECONDS, OrgHosts
+from claude_wrapper.app.orgsettings import KEPT_SECONDS, OrgSettings
 from claude_wrapper.storage import migrations
 from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.tables.tenancy import organizations
@@ -28,7 +28,7 @@ async def test_a_change_is_seen_after_some_seconds_and_each_organisation_has_its
                         id=org, name=org, is_staff=False, created_at=clock.now(), settings={"egress_hosts": hosts}
                     )
                 )
-        hosts_of = OrgHosts(database, clock)
+        hosts_of = OrgSettings(database, clock).egress_hosts
         assert [await hosts_of("org_a"), await hosts_of("org_b"), await hosts_of("org_c")] == [("a.example",), (), ()]
 
         async with database.transaction() as tx:

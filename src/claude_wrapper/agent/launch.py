@@ -46,6 +46,8 @@ class LaunchProfile:
     tools: tuple[str, ...] | None
     """Built-in tools: None means the CLI's default set, an empty tuple none at all."""
     auth: Auth
+    security: str = ""
+    """The security level whose limits the process gets; empty: the server's own."""
 
     def __post_init__(self) -> None:
         """Raises ConfigurationError for what the CLI would silently get wrong."""
@@ -64,9 +66,10 @@ AGENT = LaunchProfile("agent", bare=False, tools=None, auth=Auth.API_KEY)
 AGENT_OAUTH = LaunchProfile("agent", bare=False, tools=None, auth=Auth.OAUTH)
 
 
-def agent_profile(tools: tuple[str, ...], auth: Auth = Auth.API_KEY) -> LaunchProfile:
-    """The profile of agents with these built-in tools; equal for equal tools, so that spares can wait for them."""
-    return LaunchProfile("agent", bare=False, tools=tools, auth=auth)
+def agent_profile(tools: tuple[str, ...], auth: Auth = Auth.API_KEY, *, security: str = "") -> LaunchProfile:
+    """The profile of agents with these built-in tools at this security level; equal for equal ones, so that spares can
+    wait for them."""
+    return LaunchProfile("agent", bare=False, tools=tools, auth=auth, security=security)
 
 
 @dataclass(frozen=True, slots=True)

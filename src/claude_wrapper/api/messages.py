@@ -61,7 +61,8 @@ async def _translate(request: Request, deps: Deps, parsed: MessagesRequest) -> T
     credential = await deps.credentials.choose(principal, parsed.oauth_credentials)
     api_version = request.headers.get("anthropic-version", "")
     thread = _thread(parsed, principal, deps)
-    translated = turn_for(parsed, principal, credential, deps, api_version=api_version)
+    policy = await deps.security(principal.org)
+    translated = turn_for(parsed, principal, credential, deps, policy, api_version=api_version)
     seconds = turn_seconds(request.headers, translated.turn.turn_seconds, streamed=bool(parsed.stream))
     translated = replace(translated, turn=replace(translated.turn, turn_seconds=seconds))
     if thread is None:

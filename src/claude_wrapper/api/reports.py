@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -11,7 +12,7 @@ from claude_wrapper.clock import Clock
 from claude_wrapper.errors import WrapperError
 from claude_wrapper.sandbox.port import Sandbox
 from claude_wrapper.sandbox.probe import HostReport
-from claude_wrapper.sandbox.security import SecurityPolicy
+from claude_wrapper.sandbox.security import SecurityLevels, SecurityPolicy
 
 _CHECK_SECONDS: Final = 2.0
 """A check that has not answered by then has failed."""
@@ -19,17 +20,22 @@ _FRESH_SECONDS: Final = 1.0
 """A report is given again for this long, so that probes cannot load what they probe."""
 
 
-def security_report(sandbox: Sandbox, policy: SecurityPolicy, host: HostReport) -> dict[str, Any]:
-    """Sandbox and security level in force, and every mechanism of this host."""
+def security_report(
+    sandbox: Sandbox, levels: SecurityLevels, policy: SecurityPolicy, host: HostReport
+) -> dict[str, Any]:
+    """Sandbox and security level in force for the caller, what may be chosen, and every mechanism of this host."""
     return {
         "sandbox": sandbox.level.value,
         "separate_uid": sandbox.separate_uid,
         "security_level": policy.level.value,
+        "security_levels": [level.value for level in levels.allowed],
+        "server_security_level": levels.default.value,
         "allowed": {
             "tools": list(policy.tools),
             "permission_modes": list(policy.permission_modes),
             "egress": policy.egress.value,
             "local_mcp": policy.local_mcp,
+            "limits": dataclasses.asdict(policy.limits),
         },
         "lowered": list(policy.lowered),
         "host": host.to_wire(),

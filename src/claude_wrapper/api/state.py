@@ -16,7 +16,7 @@ from claude_wrapper.errors import Draining
 from claude_wrapper.ids import Ids
 from claude_wrapper.limits import Admission
 from claude_wrapper.pool.pool import Pool
-from claude_wrapper.sandbox.security import SecurityPolicy
+from claude_wrapper.sandbox.security import SecurityLevels, SecurityPolicy
 from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.managed import ManagedSessions
 from claude_wrapper.sessions.process import SlotProcess
@@ -53,7 +53,7 @@ class ApiSettings:
     """What the routes need to know of the settings."""
 
     max_body_bytes: int
-    turn_seconds: float
+    turn_seconds: float | None
     max_processes_per_org: int
     queue_seconds: float
     queue_length: int
@@ -117,8 +117,10 @@ class Deps:
     resources: ResourceMeans
     mcp_tokens: McpTokens
     spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
-    policy: SecurityPolicy
-    security_report: Callable[[], dict[str, Any]]
+    security: Callable[[str], Awaitable[SecurityPolicy]]
+    """What an organisation's agents may do."""
+    security_levels: SecurityLevels
+    security_report: Callable[[SecurityPolicy], dict[str, Any]]
     health: Callable[[], Awaitable[dict[str, Any]]]
     metrics: Metrics
     refuse_while_shut: Callable[[Credential], None]

@@ -41,10 +41,11 @@ async def health(request: Request) -> Response:
 
 
 async def security(request: Request) -> Response:
-    """The sandbox and security level in force, mechanism by mechanism."""
+    """The sandbox and the caller's security level, mechanism by mechanism."""
     deps = deps_of(request)
-    (await deps.authenticate(request)).require("read:organization")
-    return _json(deps.security_report())
+    principal = await deps.authenticate(request)
+    principal.require("read:organization")
+    return _json(deps.security_report(await deps.security(principal.org)))
 
 
 async def pool_stats(request: Request) -> Response:

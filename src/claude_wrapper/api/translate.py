@@ -46,7 +46,13 @@ class Translated:
 
 
 def turn_for(
-    request: MessagesRequest, principal: Principal, credential: Credential, deps: Deps, *, api_version: str = ""
+    request: MessagesRequest,
+    principal: Principal,
+    credential: Credential,
+    deps: Deps,
+    policy: SecurityPolicy,
+    *,
+    api_version: str = "",
 ) -> Translated:
     """Raises InvalidRequest or PermissionDenied naming the field that cannot be served."""
     _refuse_unsupported(request, api_version)
@@ -54,19 +60,19 @@ def turn_for(
         raise PermissionDenied(f"model: this key may not use {request.model}")
     agent = request.agent
     oauth = credential.kind is CredentialKind.OAUTH
-    tools = _built_in_tools(agent, deps.policy)
+    tools = _built_in_tools(agent, policy)
     chat = not tools
     client_tools = _client_tools(request.tools or ())
     new = request.new_messages()
     spec = ConversationSpec(
-        profile=_profile(tools, oauth=oauth),
-        permission_mode=_permission_mode(agent, deps.policy),
+        profile=_profile(tools, policy, oauth=oauth),
+        permission_mode=_permission_mode(agent, policy),
         allowed_tools=frozenset(tools),
         max_turns=agent.max_turns if agent else None,
         system=None if chat and not oauth else _frozen(request.system_blocks()),
         append_system_prompt=agent.append_system_prompt if agent else None,
         json_schema=request.json_schema() if oauth else None,
-        mcp_servers=_mcp_servers(request.mcp_servers, deps.policy),
+        mcp_servers=_mcp_servers(request.mcp_servers, policy),
         client_tools=client_tools,
     )
     if spec.append_system_prompt is not None and chat:
@@ -83,7 +89,7 @@ def turn_for(
         overrides=_overrides(request, client_tools, chat=chat, oauth=oauth),
         max_thinking_tokens=request.thinking_budget() if oauth else None,
         on_disconnect=OnDisconnect(agent.on_disconnect) if agent and agent.on_disconnect else OnDisconnect.INTERRUPT,
-        turn_seconds=deps.settings.turn_seconds,
+        turn_seconds=deps.settings.turn_seconds or policy.limits.turn_seconds,
     )
     return Translated(principal, owner_of(principal), turn)
 
@@ -144,10 +150,10 @@ def _permission_mode(agent: AgentOptions | None, policy: SecurityPolicy) -> str:
     return mode
 
 
-def _profile(tools: tuple[str, ...], *, oauth: bool) -> LaunchProfile:
+def _profile(tools: tuple[str, ...], policy: SecurityPolicy, *, oauth: bool) -> LaunchProfile:
     if not tools:
         return CHAT_OAUTH if oauth else CHAT
-    return agent_profile(tools, Auth.OAUTH if oauth else Auth.API_KEY)
+    return agent_profile(tools, Auth.OAUTH if oauth else Auth.API_KEY, security=policy.level.value)
 
 
 def _client_tools(tools: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:

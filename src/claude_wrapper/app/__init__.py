@@ -25,7 +25,7 @@ from claude_wrapper.api.app import create_app
 from claude_wrapper.api.credentials import UpstreamCredentials
 from claude_wrapper.api.reports import security_report
 from claude_wrapper.api.state import ApiSettings, Deps
-from claude_wrapper.app.egress import OrgHosts
+from claude_wrapper.app.orgsettings import OrgSecurity, OrgSettings
 from claude_wrapper.app.resources import purge_expired_files, resource_means
 from claude_wrapper.app.telemetry import Telemetry
 from claude_wrapper.app.tenants import running_tenants
@@ -46,7 +46,7 @@ from claude_wrapper.sandbox.choose import choose
 from claude_wrapper.sandbox.files import remove_tree
 from claude_wrapper.sandbox.port import Level, Sandbox
 from claude_wrapper.sandbox.probe import probe
-from claude_wrapper.sandbox.security import SecurityLevel, SecurityPolicy, effective_policy
+from claude_wrapper.sandbox.security import Egress, SecurityLevel, SecurityLevels, SecurityPolicy
 from claude_wrapper.sandbox.uids import DEFAULT_RANGE, UidAllocator, UidRange
 from claude_wrapper.sessions.bridge import RemoteConnector, RemoteServer
 from claude_wrapper.sessions.conversation import Rooms
@@ -186,7 +186,8 @@ async def running_server(
     report = await asyncio.to_thread(probe)
     required = Level(settings.sandbox_require) if settings.sandbox_require else None
     sandbox = choose(settings.sandbox, required, report)
-    policy = effective_policy(SecurityLevel(settings.security_level), sandbox.level)
+    levels = security_levels(settings, sandbox.level)
+    policy = levels.policy(levels.default)
     log.info("sandbox.chosen", sandbox=sandbox.level.value, security_level=policy.level.value, lowered=policy.lowered)
     slots_dir = data_dir / "slots"
     for leftover in (*leftover_slots(slots_dir), *leftover_slots(data_dir / "kept")):
@@ -210,6 +211,8 @@ async def running_server(
         direct = Direct(connect_seconds=settings.upstream_connect_seconds, read_seconds=settings.upstream_read_seconds)
         await direct.start()
         stack.push_async_callback(direct.close)
+        org_settings = OrgSettings(tenants.database, clock)
+        security = OrgSecurity(levels, org_settings)
         factory = ProcessFactory(
             cli=locate_cli(str(settings.cli) if settings.cli else None),
             slots_dir=slots_dir,
@@ -221,7 +224,8 @@ async def running_server(
             clock=clock,
             ids=ids,
             uids=_uids(settings, sandbox),
-            egress=EgressLists(policy.egress, settings.egress_hosts, OrgHosts(tenants.database, clock)),
+            egress=_egress_lists(settings, security, org_settings),
+            limits_by_level={level.value: levels.policy(level).limits for level in levels.allowed},
         )
         keeper = _Keeper()
         pool: Pool[SlotProcess] = Pool(
@@ -249,7 +253,6 @@ async def running_server(
         )
         keeper.conversations = conversations
         credentials = UpstreamCredentials(tenants.resolver, settings.upstream_url, allow_oauth=settings.allow_oauth)
-        turn_seconds = settings.turn_seconds or policy.limits.turn_seconds
         books = Books(
             tenants.database, EventLog(tenants.database, tenants.state, clock, ids), tenants.state, clock, ids
         )
@@ -259,10 +262,10 @@ async def running_server(
                 books,
                 conversations,
                 choose=lambda principal: credentials.choose(principal, None),
-                security=policy,
+                security=security.policy,
                 aliases=MODEL_ALIASES,
             ),
-            RunnerSettings(turn_seconds, parked_seconds=600.0, replica=ids.new("replica")),
+            RunnerSettings(settings.turn_seconds, parked_seconds=600.0, replica=ids.new("replica")),
             tasks.spawn,
         )
         await pool.start()
@@ -291,7 +294,7 @@ async def running_server(
         deps = Deps(
             settings=ApiSettings(
                 max_body_bytes=settings.max_body_bytes,
-                turn_seconds=turn_seconds,
+                turn_seconds=settings.turn_seconds,
                 max_processes_per_org=settings.max_processes_per_org,
                 queue_seconds=settings.queue_seconds,
                 queue_length=settings.queue_length,
@@ -308,8 +311,9 @@ async def running_server(
             resources=resources,
             mcp_tokens=McpTokens(resources, clock),
             spawn=tasks.spawn,
-            policy=policy,
-            security_report=lambda: security_report(sandbox, policy, report),
+            security=security.policy,
+            security_levels=levels,
+            security_report=lambda mine: security_report(sandbox, levels, mine, report),
             health=health.report,
             metrics=telemetry.metrics,
             refuse_while_shut=broker.refuse_while_shut,
@@ -384,6 +388,19 @@ def _data_dir(path: Path) -> Path:
     return path
 
 
+def security_levels(settings: Settings, sandbox: Level) -> SecurityLevels:
+    """The operator's decision. Raises ConfigurationError."""
+    default = SecurityLevel(settings.security_level)
+    return SecurityLevels(sandbox, default, SecurityLevel(settings.security_loosest or default))
+
+
+def _egress_lists(settings: Settings, security: OrgSecurity, org_settings: OrgSettings) -> EgressLists | None:
+    """None when no level that an organisation may have gives its agents a network."""
+    levels = security.levels
+    lists = EgressLists(security.egress, settings.egress_hosts, org_settings.egress_hosts)
+    return lists if any(levels.policy(one).egress is not Egress.NONE for one in levels.allowed) else None
+
+
 def _uids(settings: Settings, sandbox: Sandbox) -> UidAllocator | None:
     if not sandbox.separate_uid:
         return None
@@ -414,7 +431,8 @@ def _pool_settings(settings: Settings, policy: SecurityPolicy) -> PoolSettings:
     if agents < settings.agent_spares:
         log.info("pool.fewer_agent_spares", wanted=settings.agent_spares, kept=agents, tools=len(policy.tools))
     return PoolSettings(
-        spares={CHAT: settings.spares} | ({agent_profile(tuple(sorted(policy.tools))): agents} if agents else {}),
+        spares={CHAT: settings.spares}
+        | ({agent_profile(tuple(sorted(policy.tools)), security=policy.level.value): agents} if agents else {}),
         max_processes=settings.max_processes,
         max_processes_per_org=settings.max_processes_per_org,
         max_processes_per_principal=settings.max_processes_per_principal,

@@ -86,6 +86,17 @@ def org_list(settings: Any) -> None:
         click.echo(f"{one.id}\t{one.name}{'  (staff)' if one.is_staff else ''}")
 
 
+@org.command("security")
+@click.argument("organization")
+@click.argument("level", required=False)
+@click.pass_obj
+def org_security(settings: Any, organization: str, level: str | None) -> None:
+    """Set an organisation's security level; without one it has the server's again."""
+    from claude_wrapper.cli.changes import set_security_level
+
+    _say(_run(settings, lambda offline: set_security_level(offline, organization, level, settings)))
+
+
 @admin.group()
 def workspace() -> None:
     """Workspaces: groups of keys and sessions inside an organisation."""

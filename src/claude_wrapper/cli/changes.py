@@ -7,16 +7,21 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
+from claude_wrapper.app import security_levels
 from claude_wrapper.app.offline import Offline
 from claude_wrapper.cli.finding import organization, user_id
+from claude_wrapper.config import Settings
 from claude_wrapper.errors import InvalidRequest
 from claude_wrapper.limits import CHANNEL, Action, Budget, Limits, Period, Scope
 from claude_wrapper.limits.budgets import DOLLAR
 from claude_wrapper.limits.records import BudgetDraft, change_budget, create_budget, list_budgets, set_limits
+from claude_wrapper.sandbox.port import Level
+from claude_wrapper.sandbox.security import SETTING as SECURITY_LEVEL
 from claude_wrapper.storage.engine import announce
 from claude_wrapper.storage.pagination import MAX_LIMIT, PageRequest
 from claude_wrapper.tenancy.apikeys import create_api_key, update_api_key
 from claude_wrapper.tenancy.keyrecords import KeyChange, KeySpec, NewApiKey
+from claude_wrapper.tenancy.orgs import OrganizationChange, update_organization
 from claude_wrapper.tenancy.principal import Principal
 from claude_wrapper.tenancy.scopes import parse_role
 from claude_wrapper.tenancy.subjects import require_subject
@@ -29,6 +34,18 @@ Kind = TypeVar("Kind", bound=enum.StrEnum)
 
 async def _inside(offline: Offline, name: str) -> Principal:
     return offline.operator.acting_in((await organization(offline, name)).id)
+
+
+async def set_security_level(offline: Offline, org: str, level: str | None, settings: Settings) -> str:
+    """What was done, in words. Raises InvalidRequest for a level beyond the operator's bound."""
+    if level is not None:
+        security_levels(settings, Level.BWRAP).require(level)
+    boss = await _inside(offline, org)
+    async with offline.database.transaction() as tx:
+        changed = await update_organization(
+            tx, boss, offline.scribe, OrganizationChange(settings={SECURITY_LEVEL: level})
+        )
+    return f"{changed.name}: security level {level or 'of the server'}, for turns that begin in ten seconds"
 
 
 async def create_key(

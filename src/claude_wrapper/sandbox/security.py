@@ -10,6 +10,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from claude_wrapper.errors import ConfigurationError, InvalidRequest
 from claude_wrapper.sandbox.port import Level, Limits
 
 
@@ -26,7 +27,11 @@ STRICTNESS: Mapping[SecurityLevel, int] = {
     SecurityLevel.BALANCED: 1,
     SecurityLevel.STRICT: 2,
 }
-"""An organisation may set a level at least as strict as the server's: compare these."""
+"""How strict a level is: compare these, never the names."""
+
+
+SETTING = "security_level"
+"""The setting of an organisation that holds its choice."""
 
 
 class Egress(enum.StrEnum):
@@ -183,6 +188,51 @@ def _without_sandbox(policy: SecurityPolicy) -> SecurityPolicy:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class SecurityLevels:
+    """What the operator decided: the level of everybody, and how far an organisation's admin may loosen it."""
+
+    sandbox: Level
+    default: SecurityLevel
+    loosest: SecurityLevel
+
+    def __post_init__(self) -> None:
+        """Raises ConfigurationError for a bound below the server's own level."""
+        if STRICTNESS[self.loosest] > STRICTNESS[self.default]:
+            raise ConfigurationError(
+                f"CLAUDE_WRAPPER_SECURITY_LOOSEST: {self.loosest} is stricter than the server's own level {self.default}"
+            )
+
+    def level_of(self, asked: object) -> SecurityLevel:
+        """The level in force for an organisation that asks for this one (None: it asks for none).
+
+        One beyond the operator's bound becomes the bound; what is no level at all becomes the strictest one.
+        """
+        if asked is None:
+            return self.default
+        try:
+            level = SecurityLevel(str(asked))
+        except ValueError:
+            return SecurityLevel.STRICT
+        return level if STRICTNESS[level] >= STRICTNESS[self.loosest] else self.loosest
+
+    def require(self, asked: str) -> SecurityLevel:
+        """The level that an organisation's admin asks for. Raises InvalidRequest when the operator does not allow it."""
+        allowed = ", ".join(self.allowed)
+        if asked not in self.allowed:
+            raise InvalidRequest(f"must be one of {allowed} (the operator's bound)", field=SETTING)
+        return SecurityLevel(asked)
+
+    def policy(self, level: SecurityLevel) -> SecurityPolicy:
+        """What the level allows in this server's sandbox."""
+        return effective_policy(level, self.sandbox)
+
+    @property
+    def allowed(self) -> tuple[SecurityLevel, ...]:
+        """The levels that an organisation may choose, strictest first."""
+        return tuple(level for level in SecurityLevel if STRICTNESS[level] >= STRICTNESS[self.loosest])
+
+
 # The documentation -----------------------------------------------------------------------------------------------------
 
 _SANDBOXES = (Level.BWRAP, Level.RESTRICTED, Level.NONE)
@@ -195,8 +245,11 @@ def markdown() -> str:
         "",
         "<!-- Generated from claude_wrapper.sandbox.security by `make docs`: do not edit. -->",
         "",
-        "`CLAUDE_WRAPPER_SECURITY_LEVEL` sets the server's level; `balanced` is the default. An organisation may be set to a",
-        "stricter one, never to a looser one. `GET /v1/security` tells which level and which sandbox are in force.",
+        "`CLAUDE_WRAPPER_SECURITY_LEVEL` sets the server's level; `balanced` is the default. An organisation's admin may choose",
+        "another by the organisation's setting `security_level` (`POST /v1/organizations/{id}`, or `claude-wrapper admin org",
+        "security`): any stricter one, and a looser one as far as `CLAUDE_WRAPPER_SECURITY_LOOSEST` allows (by default not at",
+        "all). A change is in force for turns that begin ten seconds later, on every replica; a process that was started for",
+        "another level is not used. `GET /v1/security` tells the caller's own level, the choice, and the sandbox.",
         "",
         *_table("with a full sandbox (`bwrap`)", Level.BWRAP),
         "",

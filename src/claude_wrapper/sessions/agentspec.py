@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from claude_wrapper.agent.launch import CHAT, CHAT_OAUTH, Auth, LaunchProfile
+from claude_wrapper.agent.launch import CHAT, CHAT_OAUTH, Auth, agent_profile
 from claude_wrapper.errors import PermissionDenied
 from claude_wrapper.sandbox.security import SecurityPolicy
 from claude_wrapper.sessions.resources.tools import CUSTOM, built_in_policies, mcp_policy
@@ -28,6 +28,8 @@ class Setup:
     model: str
     system: list[dict[str, Any]] | None
     overrides: Mapping[str, Any]
+    turn_seconds: float
+    """Longest turn at the organisation's security level."""
     decide: Callable[[str, Any], str] = field(repr=False)
     """(tool as the CLI names it, input) → allow, ask or deny."""
 
@@ -70,7 +72,7 @@ def setup(agent: Mapping[str, Any], security: SecurityPolicy, *, oauth: bool, al
     prompt = agent.get("system")
     system = [{"type": "text", "text": prompt}] if prompt else None
     chat = not tools
-    profile = LaunchProfile("agent", bare=False, tools=tools, auth=Auth.OAUTH if oauth else Auth.API_KEY)
+    profile = agent_profile(tools, Auth.OAUTH if oauth else Auth.API_KEY, security=security.level.value)
     spec = ConversationSpec(
         profile=(CHAT_OAUTH if oauth else CHAT) if chat else profile,
         allowed_tools=frozenset(tools),
@@ -88,4 +90,11 @@ def setup(agent: Mapping[str, Any], security: SecurityPolicy, *, oauth: bool, al
     effort = (model.get("effort") or {}).get("type", _PLAIN_EFFORT)
     overrides = {} if oauth or effort == _PLAIN_EFFORT else {"output_config": {"effort": effort}}
     name = str(model["id"])
-    return Setup(spec, aliases.get(name, name), system if chat and not oauth else None, overrides, decide)
+    return Setup(
+        spec,
+        aliases.get(name, name),
+        system if chat and not oauth else None,
+        overrides,
+        security.limits.turn_seconds,
+        decide,
+    )

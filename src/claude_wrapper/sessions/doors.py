@@ -45,10 +45,10 @@ class Doors:
         conversations: Conversations,
         *,
         choose: Callable[[Principal], Awaitable[Credential]],
-        security: SecurityPolicy,
+        security: Callable[[str], Awaitable[SecurityPolicy]],
         aliases: Mapping[str, str],
     ) -> None:
-        """`choose` finds the upstream credential of a principal."""
+        """`choose` finds the upstream credential of a principal, `security` what an organisation's agents may do."""
         self.on_change: Callable[[str], None] = lambda _session: None
         self._books = books
         self._conversations = conversations
@@ -80,10 +80,11 @@ class Doors:
         """Raises CredentialMissing."""
         return await self._choose(principal)
 
-    def setup(self, session: Session, credential: Credential) -> Setup:
+    async def setup(self, session: Session, credential: Credential) -> Setup:
         """Raises PermissionDenied."""
         oauth = credential.kind is CredentialKind.OAUTH
-        return setup(session.agent, self._security, oauth=oauth, aliases=self._aliases)
+        security = await self._security(session.org_id)
+        return setup(session.agent, security, oauth=oauth, aliases=self._aliases)
 
     def busy(self, session: str) -> bool:
         """A turn runs here."""

@@ -215,11 +215,14 @@ class ProcessFactory:
         uids: UidAllocator | None,
         extra_env: Mapping[str, str] | None = None,
         egress: EgressLists | None = None,
+        limits_by_level: Mapping[str, Limits] | None = None,
     ) -> None:
+        """`limits` are the server's own, `limits_by_level` those of profiles that name a security level."""
         self._cli = cli
         self._slots_dir = slots_dir
         self._sandbox = sandbox
         self._limits = limits
+        self._limits_by_level = limits_by_level or {}
         self._broker = broker
         self._settings = settings
         self._default_model = default_model
@@ -227,7 +230,7 @@ class ProcessFactory:
         self._ids = ids
         self._uids = uids
         self._extra_env = dict(extra_env or {})
-        self._egress = egress if egress is not None and egress.any and sandbox.level is Level.BWRAP else None
+        self._egress = egress if sandbox.level is Level.BWRAP else None
 
     async def spawn(self, slot: str, profile: LaunchProfile, resume: Resume | None) -> SlotProcess:
         """A running process, initialised and primed when its profile allows it. Raises SpawnFailed."""
@@ -276,9 +279,8 @@ class ProcessFactory:
                 proxy=f"http://127.0.0.1:{_PROXY_PORT}" if networked else None,
             )
         )
-        launch = self._sandbox.prepare(
-            Containment(dirs=dirs, cli=cli, argv=argv, env=env, limits=self._limits, uid=uid)
-        )
+        limits = self._limits_by_level.get(profile.security, self._limits)
+        launch = self._sandbox.prepare(Containment(dirs=dirs, cli=cli, argv=argv, env=env, limits=limits, uid=uid))
         agent = await Agent.start(
             launch, sandbox=self._sandbox, dirs=dirs, clock=self._clock, ids=self._ids, settings=self._settings
         )
@@ -290,7 +292,7 @@ class ProcessFactory:
                 await agent.prime(self._ids.uuid())
         guarding = None
         if profile.tools != ():
-            watch = guard_disk(slot, dirs, self._limits, self._clock, agent.condemn)
+            watch = guard_disk(slot, dirs, limits, self._clock, agent.condemn)
             guarding = asyncio.get_running_loop().create_task(watch, name=f"disk-{slot}")
         return SlotProcess(
             slot=slot,

@@ -53,7 +53,8 @@ def wake_channel(session: str) -> str:
 class RunnerSettings:
     """How turns are run."""
 
-    turn_seconds: float
+    turn_seconds: float | None
+    """Longest turn; None: what the organisation's security level says."""
     parked_seconds: float
     """How long a process waits for the client; after that it is given up, and the answer starts another."""
     replica: str
@@ -71,7 +72,7 @@ class Host(Protocol):
         """What the session's model requests are made with. Raises CredentialMissing."""
         ...
 
-    def setup(self, session: Session, credential: Credential) -> Setup:
+    async def setup(self, session: Session, credential: Credential) -> Setup:
         """The agent's set-up. Raises PermissionDenied."""
         ...
 
@@ -238,7 +239,7 @@ class Runner:
     ) -> None:
         try:
             credential = await self._host.credential(self.principal)
-            made = self._host.setup(session, credential)
+            made = await self._host.setup(session, credential)
         except WrapperError as error:
             await self._refuse(journal, error)
             return
@@ -247,6 +248,7 @@ class Runner:
             # What has run already must be asked about, so that it does not run again.
             names = {str(block.get("name")) for block in replay if str(block.get("id")) in self._ran}
             spec = replace(spec, asked_tools=spec.asked_tools | names)
+        seconds = self._settings.turn_seconds or made.turn_seconds
         turn_input = TurnInput(
             content=content,
             model=made.model,
@@ -257,13 +259,13 @@ class Runner:
             system=made.system,
             overrides=made.overrides if credential.kind is CredentialKind.API_KEY else {},
             on_disconnect=OnDisconnect.CONTINUE,
-            turn_seconds=self._settings.turn_seconds,
+            turn_seconds=seconds,
             approve=self._approver(made),
             durable=True,
             replay=replay,
         )
         leg = conversation.submit(turn_input)
-        attending = asyncio.get_running_loop().create_task(self._attend(conversation, journal, leg, held))
+        attending = asyncio.get_running_loop().create_task(self._attend(conversation, journal, leg, held, seconds))
         try:
             with contextlib.suppress(WrapperError):  # the journal has written what went wrong
                 async for _ in leg.items():
@@ -278,7 +280,9 @@ class Runner:
 
     # While a turn runs ------------------------------------------------------------------------------------------------
 
-    async def _attend(self, conversation: Conversation, journal: SessionJournal, leg: Leg, held: HeldLease) -> None:
+    async def _attend(
+        self, conversation: Conversation, journal: SessionJournal, leg: Leg, held: HeldLease, seconds: float
+    ) -> None:
         """Hand over what the client sends during the turn; give the process up when it waits too long."""
         waiting = False
         self._woken.set()
@@ -302,7 +306,7 @@ class Runner:
             if leg.started.done():  # before that, no process is there to be told
                 self._deliver(conversation, journal, calls)
             if waiting and not session.awaited:
-                conversation.allow_seconds(self._settings.turn_seconds)
+                conversation.allow_seconds(seconds)
             waiting = bool(session.awaited)
             if session.ended:
                 await self._stop(conversation, journal, leg)

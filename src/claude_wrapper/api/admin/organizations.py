@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,9 @@ from starlette.responses import Response
 from claude_wrapper.api.admin import views
 from claude_wrapper.api.admin.erasing import erasers
 from claude_wrapper.api.admin.http import OPERATOR, AdminRoute, Asked, acting, json, page
+from claude_wrapper.broker.egresslists import EGRESS_HOSTS, check_org_hosts
+from claude_wrapper.sandbox.security import SETTING as SECURITY_LEVEL
+from claude_wrapper.sandbox.security import SecurityLevels
 from claude_wrapper.tenancy import deletion, orgs
 from claude_wrapper.tenancy.audit import list_audit_entries
 from claude_wrapper.tenancy.orgs import OrganizationChange
@@ -69,10 +73,19 @@ async def update_organization(asked: Asked) -> Response:
     """Rename an organisation, change its settings."""
     inside = await _inside(asked)
     body = await asked.body(ChangedOrganization)
+    _check(body.settings or {}, asked.deps.security_levels)
     change = OrganizationChange(
         name=body.name, settings=body.settings, is_staff=body.is_staff, expected_version=body.version
     )
     return json(views.organization(await inside.do(orgs.update_organization, change)))
+
+
+def _check(settings: Mapping[str, Any], levels: SecurityLevels) -> None:
+    """Settings that turns read must be right when they are written. Raises InvalidRequest naming the setting."""
+    if (level := settings.get(SECURITY_LEVEL)) is not None:
+        levels.require(str(level))
+    if (hosts := settings.get(EGRESS_HOSTS)) is not None:
+        check_org_hosts(hosts)
 
 
 async def delete_organization(asked: Asked) -> Response:
