@@ -28,7 +28,7 @@ from claude_wrapper.api.state import ApiSettings, Deps
 from claude_wrapper.app.orgsettings import OrgSecurity, OrgSettings
 from claude_wrapper.app.resources import purge_expired_files, resource_means
 from claude_wrapper.app.telemetry import Telemetry
-from claude_wrapper.app.tenants import running_tenants
+from claude_wrapper.app.tenants import Tenants, running_tenants
 from claude_wrapper.auth.authenticate import Authenticator, digest
 from claude_wrapper.broker import FixedHeaders, McpBridge, McpServer
 from claude_wrapper.broker.broker import Broker
@@ -45,7 +45,7 @@ from claude_wrapper.pool.slot import Reason
 from claude_wrapper.sandbox.choose import choose
 from claude_wrapper.sandbox.files import remove_tree
 from claude_wrapper.sandbox.port import Level, Sandbox
-from claude_wrapper.sandbox.probe import probe
+from claude_wrapper.sandbox.probe import HostReport, probe
 from claude_wrapper.sandbox.security import Egress, SecurityLevel, SecurityLevels, SecurityPolicy
 from claude_wrapper.sandbox.uids import DEFAULT_RANGE, UidAllocator, UidRange
 from claude_wrapper.sessions.bridge import RemoteConnector, RemoteServer
@@ -183,34 +183,16 @@ async def running_server(
     ids = ids or RandomIds()
     data_dir = _data_dir(settings.data_dir)
     telemetry = Telemetry(settings, clock, __version__)
-    report = await asyncio.to_thread(probe)
-    required = Level(settings.sandbox_require) if settings.sandbox_require else None
-    sandbox = choose(settings.sandbox, required, report)
-    levels = security_levels(settings, sandbox.level)
-    policy = levels.policy(levels.default)
-    log.info("sandbox.chosen", sandbox=sandbox.level.value, security_level=policy.level.value, lowered=policy.lowered)
-    slots_dir = data_dir / "slots"
-    for leftover in (*leftover_slots(slots_dir), *leftover_slots(data_dir / "kept")):
-        await asyncio.to_thread(remove_tree, leftover)
+    host = await _host(settings)
+    sandbox, levels, policy = host.sandbox, host.levels, host.policy
+    slots_dir = await _emptied_slots(data_dir)
     tasks = Tasks()
     lifecycle, flight = Lifecycle(), InFlight()
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(telemetry.close)
         telemetry.start()
         tenants = await stack.enter_async_context(running_tenants(settings, data_dir, clock, ids))
-        broker = Broker(
-            _broker_settings(settings),
-            clock,
-            ids,
-            telemetry.gate(tenants.admission.gate),
-            telemetry.sink(tenants.ledger, tenants.prices),
-            observer=telemetry.calls,
-        )
-        await broker.start()
-        stack.push_async_callback(broker.close)
-        direct = Direct(connect_seconds=settings.upstream_connect_seconds, read_seconds=settings.upstream_read_seconds)
-        await direct.start()
-        stack.push_async_callback(direct.close)
+        broker, direct = await _running_broker(settings, tenants, telemetry, stack, clock=clock, ids=ids)
         org_settings = OrgSettings(tenants.database, clock)
         security = OrgSecurity(levels, org_settings)
         factory = ProcessFactory(
@@ -313,7 +295,7 @@ async def running_server(
             spawn=tasks.spawn,
             security=security.policy,
             security_levels=levels,
-            security_report=lambda mine: security_report(sandbox, levels, mine, report),
+            security_report=lambda mine: security_report(sandbox, levels, mine, host.report),
             health=health.report,
             metrics=telemetry.metrics,
             refuse_while_shut=broker.refuse_while_shut,
@@ -386,6 +368,60 @@ def _data_dir(path: Path) -> Path:
     # Passable, so that processes with their own uid reach their slot; what lies inside is closed one by one.
     path.chmod(0o711)
     return path
+
+
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """What this machine enforces, and what the operator allows on it."""
+
+    report: HostReport
+    sandbox: Sandbox
+    levels: SecurityLevels
+    policy: SecurityPolicy
+    """Of the server's own level."""
+
+
+async def _host(settings: Settings) -> _Host:
+    report = await asyncio.to_thread(probe)
+    required = Level(settings.sandbox_require) if settings.sandbox_require else None
+    sandbox = choose(settings.sandbox, required, report)
+    levels = security_levels(settings, sandbox.level)
+    policy = levels.policy(levels.default)
+    log.info("sandbox.chosen", sandbox=sandbox.level.value, security_level=policy.level.value, lowered=policy.lowered)
+    return _Host(report, sandbox, levels, policy)
+
+
+async def _emptied_slots(data_dir: Path) -> Path:
+    """The directory of the slots, without what a server that was killed left there."""
+    slots = data_dir / "slots"
+    for leftover in (*leftover_slots(slots), *leftover_slots(data_dir / "kept")):
+        await asyncio.to_thread(remove_tree, leftover)
+    return slots
+
+
+async def _running_broker(
+    settings: Settings,
+    tenants: Tenants,
+    telemetry: Telemetry,
+    stack: contextlib.AsyncExitStack,
+    *,
+    clock: Clock,
+    ids: Ids,
+) -> tuple[Broker, Direct]:
+    broker = Broker(
+        _broker_settings(settings),
+        clock,
+        ids,
+        telemetry.gate(tenants.admission.gate),
+        telemetry.sink(tenants.ledger, tenants.prices),
+        observer=telemetry.calls,
+    )
+    await broker.start()
+    stack.push_async_callback(broker.close)
+    direct = Direct(connect_seconds=settings.upstream_connect_seconds, read_seconds=settings.upstream_read_seconds)
+    await direct.start()
+    stack.push_async_callback(direct.close)
+    return broker, direct
 
 
 def security_levels(settings: Settings, sandbox: Level) -> SecurityLevels:
