@@ -49,7 +49,6 @@ from claude_wrapper.sandbox.probe import HostReport, probe
 from claude_wrapper.sandbox.security import Egress, SecurityLevel, SecurityLevels, SecurityPolicy
 from claude_wrapper.sandbox.uids import DEFAULT_RANGE, UidAllocator, UidRange
 from claude_wrapper.sessions.bridge import RemoteConnector, RemoteServer
-from claude_wrapper.sessions.conversation import Rooms
 from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.doors import Doors
 from claude_wrapper.sessions.eventlog import EventLog
@@ -57,6 +56,7 @@ from claude_wrapper.sessions.journal import Books
 from claude_wrapper.sessions.managed import ManagedSessions
 from claude_wrapper.sessions.process import ProcessFactory, Resume, SlotProcess, leftover_slots
 from claude_wrapper.sessions.resources.mcptokens import McpTokens
+from claude_wrapper.sessions.rooms import Rooms
 from claude_wrapper.sessions.runner import RunnerSettings
 from claude_wrapper.sessions.spec import Owner
 from claude_wrapper.tenancy.principal import Principal

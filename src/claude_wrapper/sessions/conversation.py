@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import structlog
 
-from claude_wrapper.agent.launch import CHAT
-from claude_wrapper.agent.turns import Turn as AgentTurn
-from claude_wrapper.broker.calls import STREAM_CUT, Binding, TurnContext, UpstreamCall
-from claude_wrapper.clock import Clock
+from claude_wrapper.broker.calls import UpstreamCall
 from claude_wrapper.errors import (
     AgentCrashed,
     AgentTimeout,
@@ -33,61 +29,21 @@ from claude_wrapper.errors import (
     UpstreamError,
     WrapperError,
 )
-from claude_wrapper.ids import MESSAGE, TURN, Ids
-from claude_wrapper.pool.pool import Claim, Pool
+from claude_wrapper.ids import MESSAGE, TURN
+from claude_wrapper.pool.pool import Claim
 from claude_wrapper.pool.requests import ClaimRequest, Keep, Kind
-from claude_wrapper.sessions.bridge import CLIENT_SERVER, Bridge, RemoteConnector
+from claude_wrapper.sessions.bridge import Bridge
+from claude_wrapper.sessions.concluding import failure, retell, undo
 from claude_wrapper.sessions.leg import Item, Leg, Started
 from claude_wrapper.sessions.permissions import Permissions
+from claude_wrapper.sessions.preparing import controls, give_past, initialize, set_up
 from claude_wrapper.sessions.process import Resume, SlotProcess
-from claude_wrapper.sessions.spec import Approve, Journal, Message, OnDisconnect, Owner, TurnEnd, TurnInput
-from claude_wrapper.sessions.watch import TurnWatch, Watch
-from claude_wrapper.wire.control import ControlRefused
-from claude_wrapper.wire.merge import CLIENT_PREFIX, CONTINUED_BY_CLI, MessageMerger
+from claude_wrapper.sessions.rooms import Rooms
+from claude_wrapper.sessions.running import Running, binding_of, context_of, merger_for, unanswered
+from claude_wrapper.sessions.spec import Journal, Message, OnDisconnect, Owner, TurnEnd, TurnInput
+from claude_wrapper.sessions.watch import TurnWatch
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Rooms:
-    """What a conversation works with."""
-
-    pool: Pool[SlotProcess]
-    clock: Clock
-    ids: Ids
-    connect_remote: RemoteConnector
-    spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
-    """Starts a task and keeps a reference until it ends."""
-    max_queued_turns: int = 16
-    kept_dir: Path = Path()
-    """Where the files of conversations without a process lie."""
-    parked_seconds: float = 600.0
-    """How long a turn waits for the results of the caller's own tools."""
-    watch: Watch = field(default_factory=Watch)
-
-
-@dataclass(slots=True)
-class _Running:
-    """The turn in flight."""
-
-    turn: str
-    agent_turn: AgentTurn
-    leg: Leg
-    input: TurnInput
-    deadline: asyncio.Timeout
-    started: Started
-    process: SlotProcess
-    user_messages: list[Message] = field(default_factory=list)
-    interrupted: bool = False
-    """The caller, or whoever speaks for it, ended the turn early."""
-    done: bool = False
-    """The whole answer was handed over and the conversation settled."""
-    cut: bool = False
-    """The message ended before the CLI's turn did."""
-    suspended: bool = False
-    """It goes on in another process, later."""
-    parked: asyncio.Event | None = None
-    """Set while the turn waits for tool results; the event says that the next leg is attached."""
 
 
 class _DiedIdle(WrapperError):
@@ -136,7 +92,7 @@ class Conversation:
         self._order = asyncio.Lock()
         self._queued = 0
         self._watch = TurnWatch()
-        self._running: _Running | None = None
+        self._running: Running | None = None
         self._bridge: Bridge | None = None
         self._leg: Leg | None = None
         """The request that the running turn answers at the moment."""
@@ -171,7 +127,7 @@ class Conversation:
         def hung_up(leg: Leg) -> None:
             self._caller_gone(leg, task)
 
-        leg = Leg(self._merger(turn_input), hung_up)
+        leg = Leg(merger_for(turn_input, self._rooms.ids.new(MESSAGE)), hung_up)
         self._queued += 1
         task = self._rooms.spawn(self._run(turn_input, leg))
         return leg
@@ -181,14 +137,14 @@ class Conversation:
         running = self._running
         if running is None or running.parked is None or self._bridge is None:
             raise Conflict(f"session {self.session} is not waiting for tool results")
-        leg = Leg(self._merger(turn_input), lambda one: self._caller_gone(one, None))
+        leg = Leg(merger_for(turn_input, self._rooms.ids.new(MESSAGE)), lambda one: self._caller_gone(one, None))
         leg.start(Started(self.session, running.turn, running.started.pid, Kind.WARM.value, 0.0))
         running.leg = self._leg = leg
         running.input = turn_input
         running.user_messages.append(Message("user", turn_input.content))
         self.messages = [*turn_input.history, *running.user_messages[-1:]]
-        running.process.endpoint.begin(self._context(running.turn, turn_input))
-        running.deadline.reschedule(asyncio.get_running_loop().time() + turn_input.turn_seconds)
+        running.process.endpoint.begin(context_of(running.turn, turn_input))
+        running.allow_seconds(turn_input.turn_seconds)
         parked, running.parked = running.parked, None
         self._bridge.answer(results)
         parked.set()
@@ -213,10 +169,8 @@ class Conversation:
 
     def allow_seconds(self, seconds: float | None) -> None:
         """The running turn may take this long from now; None: without end, while a person is asked."""
-        running = self._running
-        if running is not None:
-            until = None if seconds is None else asyncio.get_running_loop().time() + seconds
-            running.deadline.reschedule(until)
+        if self._running is not None:
+            self._running.allow_seconds(seconds)
 
     def doubt(self) -> None:
         """The running turn's process no longer holds what happened: it is not used again."""
@@ -305,8 +259,8 @@ class Conversation:
         try:
             process = claim.process
             turn = self._rooms.ids.new(TURN)
-            process.endpoint.bind(self._binding(turn_input))
-            process.endpoint.begin(replace(self._context(turn, turn_input), trace=self._watch.trace))
+            process.endpoint.bind(binding_of(self.session, self.owner, turn_input))
+            process.endpoint.begin(replace(context_of(turn, turn_input), trace=self._watch.trace))
             await self._prepare(process, claim.kind, turn_input)
             await process.reach(self.owner.org)
             started = Started(self.session, turn, process.pid, claim.kind.value, claim.waited_seconds)
@@ -356,44 +310,17 @@ class Conversation:
             if bridge is not None:
                 await bridge.close()
             bridge = self._bridge = Bridge(self._rooms.connect_remote, self.owner)
-        permissions = Permissions(spec.allowed_tools, process.confined_to)
         bridge.offer(spec.client_tools)
-        process.agent.on_control = _controls(permissions, bridge, turn_input.approve)
+        permissions = Permissions(spec.allowed_tools, process.confined_to)
+        process.agent.on_control = controls(permissions, bridge, turn_input.approve)
         if kind is not Kind.WARM:
-            await self._bind_fresh(process, turn_input)
-        if process.model != turn_input.model:
-            await _set_model(process, turn_input.model)
-        if process.permission_mode != spec.permission_mode:
-            await process.agent.set_permission_mode(spec.permission_mode)
-            process.permission_mode = spec.permission_mode
-        if turn_input.max_thinking_tokens is not None:
-            await process.agent.set_max_thinking_tokens(turn_input.max_thinking_tokens)
-        if spec.asked_tools != process.asked_tools:
-            await process.agent.apply_flag_settings({"permissions": {"ask": sorted(spec.asked_tools)}})
-            process.asked_tools = spec.asked_tools
-        servers = bridge.servers(spec.mcp_servers, with_client_tools=bool(spec.client_tools))
-        if servers != process.mcp_servers:
-            await process.agent.mcp_set_servers(servers)
-            process.mcp_servers = servers
+            await initialize(process, spec)
+            # A process that was started with --resume holds the history already.
+            resumed, self.resume = self.resume is not None and turn_input.replay is None, None
+            if not resumed:
+                await give_past(process, turn_input)
+        await set_up(process, bridge, turn_input)
         self.process = process
-
-    async def _bind_fresh(self, process: SlotProcess, turn_input: TurnInput) -> None:
-        spec = turn_input.spec
-        process.fingerprint = spec.fingerprint
-        if not process.initialized:
-            await process.agent.initialize(
-                system_prompt=[block["text"] for block in spec.system if block.get("type") == "text"]
-                if spec.system is not None
-                else None,
-                append_system_prompt=spec.append_system_prompt,
-                json_schema=dict(spec.json_schema) if spec.json_schema else None,
-            )
-            process.initialized = True
-        # A process that was started with --resume holds the history already.
-        resumed, self.resume = self.resume is not None and turn_input.replay is None, None
-        past = turn_input.history if turn_input.past is None else turn_input.past
-        if past and not resumed:
-            await process.agent.inject(_with_tool_prefix(past, spec.client_tools), model=turn_input.model)
 
     async def _converse(
         self, process: SlotProcess, turn_input: TurnInput, leg: Leg, started: Started
@@ -407,7 +334,7 @@ class Conversation:
         silent = True
         try:
             async with asyncio.timeout(turn_input.turn_seconds) as deadline, agent_turn:
-                self._running = running = _Running(
+                self._running = running = Running(
                     started.turn, agent_turn, leg, turn_input, deadline, started, process,
                     [Message("user", turn_input.content)],
                 )  # fmt: skip
@@ -434,7 +361,7 @@ class Conversation:
         return await self._conclude(running, line, error, calls)
 
     async def _conclude(
-        self, running: _Running, line: str, error: WrapperError | None, calls: Sequence[UpstreamCall]
+        self, running: Running, line: str, error: WrapperError | None, calls: Sequence[UpstreamCall]
     ) -> tuple[Keep, bool]:
         """Bring process and known history to the same place: whether the process stays, and whether that was done
         before the caller had its answer."""
@@ -454,11 +381,11 @@ class Conversation:
             self._settle(leg)  # ended early on purpose: what was said so far stands, here and in the process
             return Keep.SESSION, True
         if error is None and not running.cut:
-            error = TurnInterrupted() if running.interrupted else _failure(leg.merger, calls) or TurnInterrupted()
+            error = TurnInterrupted() if running.interrupted else failure(leg.merger, calls) or TurnInterrupted()
         if self.messages and self.messages[-1].role == "user":
             self.messages.pop()  # the caller will send it again
         # Several requests may have been answered on the way: the last one alone cannot be taken back.
-        undone = len(running.user_messages) == 1 and await self._undo(running.process, line)
+        undone = len(running.user_messages) == 1 and await undo(running.process, line, self.session)
         if error is not None:
             leg.finish(error)
             return (Keep.SESSION if undone else Keep.DISCARD), False
@@ -467,12 +394,13 @@ class Conversation:
         self._settle(leg)
         if not undone:
             return Keep.DISCARD, True
-        return (Keep.SESSION if await self._retell(running) else Keep.DISCARD), True
+        told = await retell(running.process, self.messages[-2:], running.input.model, self.session)
+        return (Keep.SESSION if told else Keep.DISCARD), True
 
-    def _conclude_durable(self, running: _Running, error: WrapperError | None, calls: Sequence[UpstreamCall]) -> Keep:
+    def _conclude_durable(self, running: Running, error: WrapperError | None, calls: Sequence[UpstreamCall]) -> Keep:
         """Nothing is taken back: a process that still answers holds what happened."""
         leg = running.leg
-        error = error or (None if running.interrupted else _failure(leg.merger, calls))
+        error = error or (None if running.interrupted else failure(leg.merger, calls))
         self._end = TurnEnd(error, running.interrupted, kept=True, suspended=running.suspended, calls=calls)
         if not running.done and (content := leg.merger.message()["content"]):
             self.messages.append(Message("assistant", content))
@@ -480,17 +408,7 @@ class Conversation:
         usable = running.process.alive and not running.suspended and (error is None or isinstance(error, UpstreamError))
         return Keep.SESSION if usable else Keep.DISCARD
 
-    async def _retell(self, running: _Running) -> bool:
-        """Put the turn back as its caller saw it: the CLI had gone on where the message ended."""
-        said = [{"role": one.role, "content": one.content} for one in self.messages[-2:]]
-        try:
-            await running.process.agent.inject(said, model=running.input.model)
-        except WrapperError as failed:
-            log.info("turn.not_retold", session=self.session, cause=failed.message)
-            return False
-        return True
-
-    async def _deliver(self, running: _Running, frame: Any) -> None:
+    async def _deliver(self, running: Running, frame: Any) -> None:
         if running.parked is not None:
             if running.interrupted:
                 return  # nobody will ask for what is left of it
@@ -513,76 +431,24 @@ class Conversation:
             running.cut = True
             await running.agent_turn.interrupt()
 
-    def _park(self, running: _Running) -> None:
+    def _park(self, running: Running) -> None:
         """The caller's own tools were called: this request is answered, the process waits for the next one."""
         assert self._bridge is not None  # noqa: S101 - checked by the only caller
         leg = running.leg
         message = leg.merger.message()
         self._bridge.expect([block["id"] for block in message["content"] if block["type"] == "tool_use"])
         running.parked = asyncio.Event()
-        running.deadline.reschedule(None)
+        running.allow_seconds(None)
         self._settle(leg)
         self._rooms.spawn(self._expire(running, running.parked))
 
-    async def _expire(self, running: _Running, parked: asyncio.Event) -> None:
+    async def _expire(self, running: Running, parked: asyncio.Event) -> None:
         """Free a parked turn that nobody answers."""
-        waiting = asyncio.ensure_future(self._rooms.clock.sleep(self._rooms.parked_seconds))
-        answered = asyncio.ensure_future(parked.wait())
-        try:
-            await asyncio.wait({waiting, answered}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
-            answered.cancel()
+        await unanswered(parked, self._rooms.clock, self._rooms.parked_seconds)
         if running.parked is parked and self._running is running and not running.interrupted:
             log.info("turn.unparked", session=self.session, reason="no tool results", turn=running.turn)
             with contextlib.suppress(WrapperError):
                 await self.interrupt()
-
-    async def _undo(self, process: SlotProcess, line: str) -> bool:
-        """Take a failed or abandoned turn out of the process's context. False when that is not possible."""
-        if not process.alive:
-            return False
-        try:
-            await process.agent.rewind(line)
-        except WrapperError as error:
-            log.info("turn.not_rewound", session=self.session, cause=str(error))
-            return False
-        return True
-
-    # Small things ------------------------------------------------------------------------------------------------------
-
-    def _merger(self, turn_input: TurnInput) -> MessageMerger:
-        spec = turn_input.spec
-        return MessageMerger(
-            self._rooms.ids.new(MESSAGE),
-            turn_input.model,
-            structured=spec.json_schema is not None,
-            # The caller of a durable turn is told of its tools by the journal; the turn itself goes on.
-            strip_mcp_prefix="" if turn_input.durable else CLIENT_PREFIX,
-            # Without tools of its own the process stands for a plain model, which stops where the CLI would go on.
-            end_at=frozenset() if spec.profile.tools != () or turn_input.durable else CONTINUED_BY_CLI,
-        )
-
-    def _binding(self, turn_input: TurnInput) -> Binding:
-        owner = self.owner
-        return Binding(
-            org=owner.org,
-            workspace=owner.workspace,
-            key_id=owner.key_id,
-            user=owner.user,
-            session=self.session,
-            credential=turn_input.credential,
-        )
-
-    @staticmethod
-    def _context(turn: str, turn_input: TurnInput) -> TurnContext:
-        return TurnContext(
-            turn=turn,
-            model=turn_input.model,
-            system=turn_input.system,
-            overrides=turn_input.overrides,
-            placeholder=turn_input.spec.profile == CHAT,
-        )
 
     def _caller_gone(self, leg: Leg, task: asyncio.Task[None] | None) -> None:
         running = self._running
@@ -596,68 +462,3 @@ class Conversation:
     async def _interrupt_quietly(self) -> None:
         with contextlib.suppress(WrapperError):
             await self.interrupt()
-
-
-def _controls(
-    permissions: Permissions, bridge: Bridge, approve: Approve | None
-) -> Callable[[str, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]:
-    async def on_control(subtype: str, request: dict[str, Any]) -> dict[str, Any]:
-        if subtype == "can_use_tool":
-            decision = permissions.decide(request)
-            return await approve(request) if approve is not None and decision["behavior"] == "allow" else decision
-        if subtype == "mcp_message":
-            return {"mcp_response": await bridge.handle(request["server_name"], request["message"])}
-        return {}
-
-    return on_control
-
-
-async def _set_model(process: SlotProcess, model: str) -> None:
-    """The CLI asks the upstream about a model that it does not know: its answer is the caller's."""
-    try:
-        await process.agent.set_model(model)
-    except ControlRefused as refused:
-        calls = await process.endpoint.end()
-        raise _upstream_error(calls) or InvalidRequest(refused.message, field="model") from refused
-    process.model = model
-
-
-def _upstream_error(calls: Sequence[UpstreamCall]) -> UpstreamError | None:
-    """The last call that failed, as the broker saw it."""
-    for call in reversed(calls):
-        if call.error_type == STREAM_CUT:
-            return UpstreamError(call.error_message, status=502, upstream_request_id=call.upstream_request_id)
-        if call.status >= 400:
-            return UpstreamError(
-                call.error_message,
-                status=call.status,
-                error_type=call.error_type or "api_error",
-                upstream_request_id=call.upstream_request_id,
-                retry_after=call.retry_after,
-            )
-    return None
-
-
-def _failure(merger: MessageMerger, calls: Sequence[UpstreamCall]) -> WrapperError | None:
-    """What really went wrong: the broker saw the true status, the CLI only reports its own reading of it."""
-    failure = merger.failure
-    if failure is None:
-        return None
-    return _upstream_error(calls) or UpstreamError(failure.message, status=failure.status, error_type=failure.type)
-
-
-def _with_tool_prefix(history: Sequence[Message], client_tools: Sequence[Any]) -> list[dict[str, Any]]:
-    """The caller's tools are known to the CLI as `mcp__client__NAME`, in its history too."""
-    names = {str(tool["name"]) for tool in client_tools}
-    prefixed: list[dict[str, Any]] = []
-    for message in history:
-        content = message.content
-        if isinstance(content, list):
-            content = [
-                {**block, "name": f"mcp__{CLIENT_SERVER}__{block['name']}"}
-                if block.get("type") == "tool_use" and block.get("name") in names
-                else block
-                for block in content
-            ]
-        prefixed.append({"role": message.role, "content": content})
-    return prefixed

@@ -22,9 +22,10 @@ from claude_wrapper.errors import Conflict, InvalidRequest, NotFound
 from claude_wrapper.ids import SESSION, well_formed
 from claude_wrapper.pool.slot import Reason
 from claude_wrapper.sandbox.files import remove_tree
-from claude_wrapper.sessions.conversation import Conversation, Rooms
+from claude_wrapper.sessions.conversation import Conversation
 from claude_wrapper.sessions.leg import Leg
 from claude_wrapper.sessions.process import Resume, SlotProcess
+from claude_wrapper.sessions.rooms import Rooms
 from claude_wrapper.sessions.spec import Message, Owner, TurnInput
 from claude_wrapper.wire.history import HistoryHash, history_key
 
