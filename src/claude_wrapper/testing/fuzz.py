@@ -11,11 +11,14 @@ import argparse
 import asyncio
 import importlib
 import importlib.util
+import os
 import random
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -25,8 +28,16 @@ from claude_wrapper.broker import policy
 from claude_wrapper.broker.http1 import Connection, Head, Reply
 from claude_wrapper.broker.refusals import Refused
 from claude_wrapper.broker.settings import BrokerSettings
-from claude_wrapper.errors import AgentProtocolError, InvalidRequest, RequestTooLarge, WrapperError
+from claude_wrapper.errors import (
+    AgentProtocolError,
+    InvalidRequest,
+    RequestTooLarge,
+    SnapshotCorrupted,
+    WrapperError,
+)
 from claude_wrapper.sessions.resources.skillfiles import read_skill
+from claude_wrapper.sessions.snapshots import manifest as snapshots
+from claude_wrapper.sessions.snapshots import restoring
 from claude_wrapper.wire import control
 from claude_wrapper.wire.merge import MessageMerger
 from claude_wrapper.wire.messages import parse_messages_request
@@ -238,6 +249,47 @@ def _skill(data: bytes) -> None:
             assert not path.startswith("/") and ".." not in path.split("/") and "\0" not in path  # noqa: S101, PT018
 
 
+_HEAD = snapshots.Head(
+    snapshots.VERSION, "snap_1", "sesn_1", 0, "", "", [], 0, 0, 0, [], [snapshots.Pack("pack_1", 64)]
+)
+_BOUNDS = snapshots.Bounds(total_bytes=4096, entries=64, path_bytes=300, depth=8, manifest_bytes=65536)
+
+
+def _snapshot(data: bytes) -> None:
+    """A page of a list of files, as it is after unsealing: what was sealed may still have been made by a tenant's names."""
+    try:
+        manifest = snapshots.join(_HEAD, [data])
+        snapshots.check(manifest, _BOUNDS)
+    except (SnapshotCorrupted, RequestTooLarge):
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        into = Path(directory, "restored")
+        restoring.make_directories(manifest, into)
+        restoring.finish(manifest, into)
+        inside = into.resolve()
+        assert [one.name for one in Path(directory).iterdir()] == ["restored"], "written outside"  # noqa: S101
+        for folder, names, files in os.walk(into):
+            for name in (*names, *files):
+                found = Path(folder, name)
+                assert not found.is_symlink() or inside in (found.parent / found.readlink()).resolve().parents  # noqa: S101
+
+
+_ENTRIES = [
+    snapshots.Entry(1, b"src", "d", 0o755, 1),
+    snapshots.Entry(1, b"src/a", "f", 0o644, 1),
+    snapshots.Entry(1, b"src/link", "l", 0o777, 1, target=b"../b"),
+    snapshots.Entry(0, b".claude", "d", 0o700, 1),
+]
+_PAGE = msgspec.msgpack.encode(snapshots.Page(_ENTRIES, [], []))
+_LEAVES = tuple(
+    msgspec.msgpack.encode(snapshots.Page([snapshots.Entry(1, path, kind, mode, mtime, target=target)], [], []))
+    for path, kind, mode, mtime, target in (
+        (b"../x", "f", 0o644, 1, b""), (b"/etc/x", "f", 0o644, 1, b""), (b"l", "l", 0o777, 1, b"../../.."),
+        (b"suid", "f", 0o4755, 1, b""), (b"late", "f", 0o644, 2**63 - 1, b""), (b"early", "d", 0o755, -(2**63), b""),
+    )
+)  # fmt: skip
+
+
 _POST = (
     b"POST /v1/messages HTTP/1.1\r\nhost: broker.invalid\r\nx-api-key: sk-ant-slot-1\r\n"
     b'content-type: application/json\r\ncontent-length: 2\r\n\r\n{}'
@@ -284,6 +336,7 @@ TARGETS: Mapping[str, Target] = {
     "messages": Target(_messages, (_BODY, b'{"model":"m","max_tokens":1,"messages":[]}')),
     "broker-head": Target(_broker_head, (_POST, _CHUNKED, _POST + _CHUNKED, _POST.replace(b"2\r", b"2\r\ncontent-length: 9\r"))),
     "broker-path": Target(_broker_path, (b"POST /v1/messages?beta=true", b"GET /v1/models/a.b", b"GET /mcp/a", b"HEAD /")),
+    "snapshot": Target(_snapshot, (_PAGE, *_LEAVES)),
     "skill": Target(_skill, (b"---\nname: a-b\ndescription: d\n---\ntext", b"---\nname: >\n  a\n---\n")),
 }  # fmt: skip
 
