@@ -17,6 +17,7 @@ TITLES = {
     "alone": "The server alone, on a stub process",
     "idle": "Idle conversations",
     "broker": "The broker",
+    "sandbox": "The sandbox levels, against none",
     "limits": "Limits, ledger, reports",
     "sessions": "Sessions",
 }
