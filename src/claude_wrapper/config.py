@@ -236,6 +236,22 @@ class Settings:
         "Secret under which API keys are stored (replicas share it); default: a file of mode 0600 in the data directory.",
         secret=True,
     )
+    # Cache
+    cache_bytes: int = setting(
+        64 * 2**20,
+        "Most bytes of token counts, model lists, tool results and answers that are kept to be given again, in this process or in Redis; 0 keeps nothing.",
+        kind="int",
+        minimum=0,
+    )
+    cache_entry_bytes: int = setting(
+        2 * 2**20, "Largest value that the cache keeps, in bytes.", kind="int", minimum=1024
+    )
+    cache_count_seconds: float = setting(
+        3600.0, "How long a token count is kept; 0 asks each time.", kind="float", minimum=0
+    )
+    cache_models_seconds: float = setting(
+        300.0, "How long a model list is kept; 0 asks each time.", kind="float", minimum=0
+    )
     # Limits
     key_limits: str = setting(
         "", "Limits of every API key without its own, as in `requests=100/hour, concurrent_turns=4`."

@@ -192,6 +192,7 @@ class Telemetry:
         self.metrics.pull("sessions", lambda: self._pull_sessions(conversations))
         self.metrics.pull("broker", lambda: self._pull_broker(broker))
         self.metrics.pull("tenants", lambda: self._pull_tenants(tenants))
+        tenants.caches.follow(self.metrics)
 
     def _pull_loop(self) -> None:
         self.metrics.loop_lag_worst.set(self.lag.worst)

@@ -17,6 +17,7 @@ from typing import Final
 
 import structlog
 
+from claude_wrapper.app.caching import Caches
 from claude_wrapper.clock import Clock
 from claude_wrapper.config import Settings
 from claude_wrapper.errors import ConfigurationError, StorageUnavailable
@@ -45,6 +46,7 @@ from claude_wrapper.tenancy.audit import Scribe
 from claude_wrapper.tenancy.bootstrap import ensure_operator
 from claude_wrapper.tenancy.keyformat import Pepper
 from claude_wrapper.tenancy.keyring import KeyRing
+from claude_wrapper.tenancy.policybook import PolicyBook
 from claude_wrapper.tenancy.principal import Principal, operator
 from claude_wrapper.usage import Ledger, LedgerCounts, LedgerSettings, PriceBook, Reports, Spill, from_file, packaged
 from claude_wrapper.usage.prices import CHANNEL as PRICES_CHANNEL
@@ -80,6 +82,8 @@ class Tenants:
     ledger: Ledger
     ledger_counts: LedgerCounts
     prices: PriceBook
+    policies: PolicyBook
+    caches: Caches
     reports: Reports
     operator: Principal
     new_operator_key: str | None
@@ -126,8 +130,12 @@ async def running_tenants(settings: Settings, data_dir: Path, clock: Clock, ids:
         limit_counts, ledger_counts = LimitCounts(), LedgerCounts()
         limit_settings = _limit_settings(settings)
         rules = RuleBook(database, clock, limit_settings, limit_counts)
+        policies = PolicyBook(database, clock)
+        caches = Caches(settings, clock, org_keys, holder=ids.new("replica"))
+        stack.push_async_callback(caches.close)
         announcer = Announcer(state, clock)
         announcer.on(TENANCY_CHANNEL, keyring.heard)
+        announcer.on(TENANCY_CHANNEL, policies.heard)
         announcer.on(LIMITS_CHANNEL, _forget(rules.forget))
         announcer.on(PRICES_CHANNEL, _forget(prices.forget))
         announcer.on(VAULT_CHANNEL, _forget(resolver.forget))
@@ -181,6 +189,8 @@ async def running_tenants(settings: Settings, data_dir: Path, clock: Clock, ids:
             ledger=ledger,
             ledger_counts=ledger_counts,
             prices=prices,
+            policies=policies,
+            caches=caches,
             reports=reports,
             operator=replace(operator(key_id=boot.key_id).acting_in(boot.organization.id), is_staff=True),
             new_operator_key=None if settings.admin_key else boot.secret,

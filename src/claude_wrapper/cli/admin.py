@@ -313,6 +313,64 @@ def limits_set(settings: Any, organization: str, text: str, scope: str, subject:
     _run(settings, lambda offline: set_limits_of(offline, organization, text, scope=scope, subject=subject))
 
 
+# Policies ---------------------------------------------------------------------------------------------------------------
+
+
+@admin.group()
+def policy() -> None:
+    """Fall-backs, the cache of answers, the version of the CLI."""
+
+
+@policy.command("show")
+@click.argument("organization")
+@click.pass_obj
+def policy_show(settings: Any, organization: str) -> None:
+    """Print an organisation's policies as JSON."""
+    click.echo(_policies(settings, organization, {}))
+
+
+@policy.command("set")
+@click.argument("organization")
+@click.option(
+    "--fallback",
+    "fallbacks",
+    multiple=True,
+    metavar="MODEL=OTHER,…",
+    help="Models to ask when MODEL (`*`: any) is overloaded; repeat it. `none` takes all away.",
+)
+@click.option(
+    "--fallback-credentials/--no-fallback-credentials", default=None, help="Another credential after 401 or 429."
+)
+@click.option("--cache-answers", help="off, asked or deterministic.")
+@click.option("--cache-seconds", type=int, help="How long an answer is kept.")
+@click.option("--cli-version", help="Pin the CLI; `any` takes the pin away.")
+@click.pass_obj
+def policy_set(settings: Any, /, organization: str, fallbacks: tuple[str, ...], **given: Any) -> None:
+    """Change some policies; prints all of them as JSON."""
+    changes = {name: value for name, value in given.items() if value is not None}
+    if fallbacks:
+        pairs = [text.partition("=") for text in fallbacks if text != "none"]
+        changes["fallback_models"] = {model.strip(): others.split(",") for model, _, others in pairs}
+    if changes.get("cli_version") == "any":
+        changes["cli_version"] = None
+    click.echo(_policies(settings, organization, changes))
+
+
+def _policies(settings: Any, organization: str, changes: dict[str, Any]) -> str:
+    import json
+
+    from claude_wrapper.tenancy.policybook import get_policies, set_policies
+
+    async def work(offline: Any) -> dict[str, Any]:
+        boss = await _inside(offline, organization)
+        async with offline.database.transaction() as tx:
+            if changes:
+                return (await set_policies(tx, boss, offline.scribe, changes)).to_json()
+            return (await get_policies(tx, boss)).to_json()
+
+    return json.dumps(_run(settings, work), indent=2)
+
+
 @admin.command("rotate-master-key")
 @click.option("--add", is_flag=True, help="First step: put a new key before the old one in the key file.")
 @click.pass_obj

@@ -46,6 +46,8 @@ BREAKER_STATES: Final = ("closed", "open", "half_open")
 RETRY_REASONS: Final = ("rate_limited", "overloaded", "server_error", "connect", "timeout", "credential")
 TOKEN_KINDS: Final = ("input", "output", "cache_read", "cache_write_5m", "cache_write_1h", "thinking")
 CACHES: Final = ("upstream", "tool", "token_count", "models")
+CACHE_OUTCOMES: Final = ("hit", "miss", "joined", "error")
+"""`joined`: somebody else was being answered the same, and the answer was shared."""
 LIMITS: Final = (
     "requests",
     "input_tokens",
@@ -266,7 +268,7 @@ class Metrics:
             model=models,
         )
         self.cache_requests = make.counter(
-            "cache_requests_total", "Look-ups in the shared caches.", cache=CACHES, outcome=("hit", "miss", "error")
+            "cache_requests_total", "Look-ups in the shared caches.", cache=CACHES, outcome=CACHE_OUTCOMES
         )
         self.cache_saved_tokens = make.counter(
             "cache_saved_tokens_total", "Tokens that cache hits saved.", org=True, cache=CACHES
@@ -274,7 +276,7 @@ class Metrics:
         self.cache_saved_cost = make.counter(
             "cache_saved_dollars_total", "Cost that cache hits saved, by the price table.", org=True, cache=CACHES
         )
-        self.cache_bytes = make.gauge("cache_bytes", "Size of the caches in this process.", cache=CACHES)
+        self.cache_bytes = make.gauge("cache_bytes", "Size of the shared caches, where they lie in this process.")
         self.budgets_over = make.gauge(
             "budgets_over_share", "Budgets of which at least this share is spent or reserved.", share=BUDGET_SHARES
         )

@@ -11,9 +11,10 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper import ids
-from claude_wrapper.errors import NotFound
+from claude_wrapper.errors import InvalidRequest, NotFound
 from claude_wrapper.storage.pagination import Page, PageRequest, fetch_page
 from claude_wrapper.storage.tables.tenancy import organizations, workspaces
+from claude_wrapper.tenancy import policies
 from claude_wrapper.tenancy.announcements import announce_change
 from claude_wrapper.tenancy.audit import Scribe, changes
 from claude_wrapper.tenancy.locking import bump
@@ -97,6 +98,7 @@ async def update_organization(
     if change.name is not None:
         values["name"] = clean_name(change.name)
     if change.settings is not None:
+        check_settings(change.settings)
         merged = {**before.settings, **change.settings}
         values["settings"] = {name: value for name, value in merged.items() if value is not None}
     if change.is_staff is not None:
@@ -112,6 +114,16 @@ async def update_organization(
     old, new = changes(before, after, "name", "settings", "is_staff")
     await scribe.record(tx, principal, "organization.update", ("organization", before.id), before=old, after=new)
     return after
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest for a setting that means something to the server and cannot be read."""
+    kept = settings.get(policies.SETTING)
+    if kept is None:
+        return
+    if not isinstance(kept, Mapping):
+        raise InvalidRequest("must be an object", field=f"settings.{policies.SETTING}")
+    policies.parse(kept)
 
 
 def read_organization(row: Any) -> Organization:

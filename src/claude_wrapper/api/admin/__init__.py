@@ -11,6 +11,7 @@ from claude_wrapper.api.admin import (
     limits,
     organizations,
     people,
+    policies,
     reports,
     workspaces,
 )
@@ -24,6 +25,7 @@ TABLE: tuple[AdminRoute, ...] = (
     *credentials.ROUTES,
     *limits.ROUTES,
     *budgets.ROUTES,
+    *policies.ROUTES,
     *reports.ROUTES,
     *organizations.BY_ID,
 )
