@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from claude_wrapper.testing.soak import outcomes, plan, report
-from claude_wrapper.testing.soak.outcomes import Outcome, UpstreamRequest
+from claude_wrapper.testing.soak.logs import summarize
+from claude_wrapper.testing.soak.outcomes import Followed, Outcome, UpstreamRequest
+from claude_wrapper.testing.soak.pace import Pace
 from claude_wrapper.testing.soak.run import SoakSettings, soak
 
+SEED = 3258
+"""Its first four callers are an untouched one, a touched one and a session of each kind; its faults begin with the database, Redis and the server."""
 NONCE = "n00007x00xabcdef"
 GOOD = Outcome(7, "plain", True, NONCE, 100.0, 1.0, "answered", 200, f"{NONCE} is the answer")
 SENT = UpstreamRequest("req_1", 200, True, 100.0, 10, 5)
@@ -23,26 +28,89 @@ def test_the_same_seed_makes_the_same_soak_and_another_seed_another_one() -> Non
         return list(itertools.islice(plan.conversations(seed), 50))
 
     assert begin(1) == begin(1) != begin(2)
-    assert plan.faults(1, 600) == plan.faults(1, 600) != plan.faults(2, 600)
-    kinds = {turn.kind for one in itertools.islice(plan.conversations(1), 500) for turn in one.turns}
-    assert kinds == {kind for kind, _ in plan.TURN_KINDS}
-    assert not [turn for one in begin(1) if one.calm for turn in one.turns if turn.fault]
-    assert max(one.at for one in plan.faults(1, 600)) < 480
+
+    def struck(seed: int) -> list[plan.FaultPlan]:
+        return list(itertools.islice(plan.process_faults(seed, 3.0), 50))
+
+    def broken(seed: int, stores: tuple[str, ...] = plan.STORE_FAULTS) -> list[plan.FaultPlan]:
+        return list(itertools.islice(plan.large_faults(seed, 12.0, stores=stores), 24))
+
+    assert struck(1) == struck(1) != struck(2)
+    assert broken(1) == broken(1) != broken(2)
+    many = list(itertools.islice(plan.conversations(1), 500))
+    assert {turn.kind for one in many for turn in one.turns} == {kind for kind, _ in plan.TURN_KINDS} | {"shell"}
+    assert {one.door for one in many} == {plan.MESSAGES, plan.SESSIONS}
+    assert not [turn for one in many if one.calm for turn in one.turns if turn.fault]
+    assert not [one for one in many if one.calm and one.stream_cuts]
+    assert Counter(one.kind for one in broken(1)) == Counter(
+        dict.fromkeys(plan.STORE_FAULTS, 4) | dict.fromkeys(plan.SERVER_FAULTS, 4)
+    ), "each comes as often as the others of its kind"
+    assert {one.kind for one in broken(1, ())} == set(plan.SERVER_FAULTS)
+
+
+def test_the_load_follows_the_machine() -> None:
+    pace = Pace(6, 4)
+    assert [pace.after([0.5, 0.6, 9.0]) for _ in range(3)] == [5, 6, 6]
+    assert pace.after([2.0]) == 6
+    assert [pace.after([5.0]) for _ in range(5)] == [5, 4, 3, 2, 2]
+    assert pace.after([]) == 2, "no answer at all is slow"
 
 
 @pytest.mark.parametrize(
-    ("outcome", "kills", "holds"),
+    ("outcome", "downs", "holds"),
     [
         (GOOD, [], True),
         (replace(GOOD, how="refused", status=529), [], True),
-        (replace(GOOD, how="unclear"), [100.5], False),
+        (replace(GOOD, how="unclear"), [(100.5, 102.0)], False),
         (replace(GOOD, how="lost"), [], False),
-        (replace(GOOD, how="lost"), [100.5], True),
-        (replace(GOOD, how="lost"), [500.0], False),
+        (replace(GOOD, how="lost"), [(100.5, 102.0)], True),
+        (replace(GOOD, how="lost"), [(90.0, 110.0)], True),
+        (replace(GOOD, how="lost"), [(50.0, 60.0), (500.0, 510.0)], False),
     ],
 )
-def test_a_request_without_an_answer_is_noticed(outcome: Outcome, kills: list[float], holds: bool) -> None:
-    assert outcomes.answered_once([outcome], kills).holds is holds
+def test_a_request_without_an_answer_is_noticed(
+    outcome: Outcome, downs: list[tuple[float, float]], holds: bool
+) -> None:
+    assert outcomes.answered_once([outcome], downs).holds is holds
+
+
+LOG = ((1, "a"), (2, "b"), (4, "d"))
+
+
+@pytest.mark.parametrize(
+    ("followed", "holds"),
+    [
+        (Followed("s", LOG, 3, to_the_end=True), True),
+        (Followed("s", LOG[:2], 3, to_the_end=False), True),
+        (Followed("s", LOG[:2], 3, to_the_end=True), False),
+        (Followed("s", (LOG[0], *LOG), 3, to_the_end=True), False),
+        (Followed("s", (LOG[0], LOG[2]), 3, to_the_end=False), False),
+        (Followed("s", LOG, 1, to_the_end=False, caught_up=False), False),
+        (Followed("unknown", LOG, 1, to_the_end=True), False),
+    ],
+)
+def test_a_stream_with_a_gap_a_repeat_or_no_end_is_noticed(followed: Followed, holds: bool) -> None:
+    assert outcomes.streams_complete([followed], {"s": LOG}).holds is holds
+
+
+def test_a_server_that_grows_does_not_rest_or_cannot_explain_itself_is_noticed() -> None:
+    def life(*megabytes: int) -> list[dict[str, float]]:
+        return [{"at": at * 30.0, "life": 0.0, "resident_bytes": mb * 2**20} for at, mb in enumerate(megabytes)]
+
+    def creeps(*megabytes: int) -> bool:
+        return not outcomes.no_creep(life(*megabytes), growth_most=50 * 2**20).holds
+
+    assert not creeps(100, 150, 150, 160, 150, 155, 170, 160)
+    assert not creeps(100, 150, 150, 160, 400, 455, 170, 160), "what is given back is no growth"
+    assert creeps(100, 150, 150, 200, 250, 300, 350, 400)
+    assert not creeps(100, 900), "too short a life to tell"
+    assert outcomes.at_rest({"turns_in_flight": 0.0}, []).holds
+    assert not outcomes.at_rest({"turns_in_flight": 1.0}, []).holds
+    assert not outcomes.at_rest({"turns_in_flight": 0.0}, ["database"]).holds
+    assert not outcomes.no_bugs([replace(GOOD, how="refused", status=500, detail="internal_error")]).holds
+    assert outcomes.no_bugs([replace(GOOD, how="refused", status=500, detail="upstream_error")]).holds
+    assert not outcomes.enough(3, 4).holds
+    assert not outcomes.files_kept(["file_1"], 3).holds
 
 
 @pytest.mark.parametrize(
@@ -89,24 +157,34 @@ def test_gaps_slowness_growth_and_leftovers_are_noticed() -> None:
     assert not outcomes.nothing_left({"processes": [1]}).holds
 
 
+def test_the_log_is_summed_up_and_its_errors_are_shown() -> None:
+    lines = ['{"level":"error","event":"background.failed","x":1}', '{"level":"warning","event":"a"}', "Traceback", ""]
+    found = summarize(lines)
+    assert found.counts == {"error background.failed": 1, "warning a": 1}
+    assert found.errors == lines[:1]
+    assert found.unreadable == ["Traceback"]
+
+
 @pytest.mark.anyio
 @pytest.mark.real_cli
+@pytest.mark.timeout(300)
 async def test_twenty_seconds_of_faults_leave_everything_in_order(reachable_tmp_path: Path) -> None:
     settings = SoakSettings(
         seconds=20.0,
-        seed=34,  # two of the first four callers are untouched, and the server is killed once
+        seed=SEED,
         callers=4,
         max_processes=6,
         process_fault_every=2.0,
-        server_fault_every=8.0,
-        calm_p99_seconds=60.0,  # this machine may be busy with other tests
+        large_fault_every=2.0,
+        faults_least=4,
+        calm_p99_seconds=80.0,  # this machine may be busy with other tests
     )
     done = await soak(settings, reachable_tmp_path)
     figures = report.summary(done)
     assert [one for one in figures["invariants"] if not one["holds"]] == []
+    assert figures["surroundings"].startswith("Postgres, shared state in Redis")
     assert figures["requests"] > 5
-    assert figures["faults"] > 3
-    assert done.record.kills
+    assert done.record.downs
     page = report.to_html(done)
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 9
     assert "<script" not in page

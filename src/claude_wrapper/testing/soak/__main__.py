@@ -17,21 +17,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--callers", type=int, default=10)
+    parser.add_argument("--callers", type=int, default=10, help="at most; fewer while answers are slow")
+    parser.add_argument("--embedded", action="store_true", help="SQLite and memory, also where Postgres could be had")
+    parser.add_argument("--database-url", help="a Postgres to use instead of one of our own; it is not restarted")
+    parser.add_argument("--redis-url", help="a Redis to use instead of one of our own; it is not restarted")
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     parser.add_argument(
         "--report", type=Path, default=Path("docs/soak"), help="directory of index.html and result.json"
     )
     asked = parser.parse_args()
-    settings = SoakSettings(seconds=asked.seconds, seed=asked.seed, callers=asked.callers)
+    settings = SoakSettings(
+        seconds=asked.seconds,
+        seed=asked.seed,
+        callers=asked.callers,
+        embedded=asked.embedded,
+        database_url=asked.database_url,
+        redis_url=asked.redis_url,
+    )
     with tempfile.TemporaryDirectory(prefix="cw-soak-", ignore_cleanup_errors=True) as name:
         directory = Path(name)
         directory.chmod(0o711)
-        done = asyncio.run(soak(settings, directory))
+        done = asyncio.run(soak(settings, directory, (lambda _: None) if asked.quiet else _say))
     asked.report.mkdir(parents=True, exist_ok=True)
     (asked.report / "result.json").write_bytes(report.to_json(done))
     (asked.report / "index.html").write_text(report.to_html(done), encoding="utf-8")
-    sys.stdout.write(report.to_json(done).decode() + "\n")
+    sys.stdout.write(report.to_text(done))
+    sys.stdout.write(f"\nReport: {asked.report / 'index.html'}\n")
     return 0 if done.passed else 1
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"soak: {text}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

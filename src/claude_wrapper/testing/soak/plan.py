@@ -1,4 +1,7 @@
-"""What a soak does, decided by its seed alone: conversations, their turns, and the faults. Pure."""
+"""What a soak does, decided by its seed alone: conversations, their turns, and the faults. Pure.
+
+How many of the conversations are held depends on the machine; what each of them is does not.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
+
+MESSAGES: Final = "messages"
+"""`/v1/messages`, with the whole history in each request or with a name that the server holds it under."""
+SESSIONS: Final = "sessions"
+"""`/v1/sessions`, with an event stream beside."""
 
 TURN_KINDS: Final = (
     ("plain", 34),
@@ -23,9 +31,13 @@ TURN_KINDS: Final = (
     ("error in stream", 2),
 )
 """Kinds of turns with their weights. The last nine are faults."""
-CALM: Final = frozenset({"plain", "streamed", "recall", "tools"})
-PROCESS_FAULTS: Final = ("kill process", "stop process")
+CALM: Final = frozenset({"plain", "streamed", "recall", "tools", "shell", "file"})
+"""Requests that are no faults. `shell` is `tools` in a session whose agent has a shell; `file` is an upload."""
+
+PROCESS_FAULTS: Final = (("kill process", 5), ("stop process", 2), ("flood output", 2), ("pause process", 1))
+STORE_FAULTS: Final = ("restart database", "restart redis", "blob store away", "disk full")
 SERVER_FAULTS: Final = ("kill server", "end server")
+STREAM_FAULT: Final = "stream hung up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +63,30 @@ class ConversationPlan:
     """One conversation of one caller."""
 
     number: int
+    door: str
+    """`MESSAGES` or `SESSIONS`."""
     name: str | None
-    """Named conversations are held by the server; the others send their history."""
+    """Conversations of `MESSAGES` with a name are held by the server; the others send their history."""
     calm: bool
     """Untouched by faults of its own: what its latency says is how far others' faults reach."""
     turns: tuple[TurnPlan, ...]
+    shell: bool = False
+    """The session's agent may run commands, where the server's sandbox allows it."""
+    stream_cuts: tuple[int, ...] = ()
+    """After so many further events the client drops its event stream and comes back."""
+    file_bytes: int = 0
+    """Size of a file that is uploaded before and read after the turns; 0: none."""
 
 
 @dataclass(frozen=True, slots=True)
 class FaultPlan:
-    """Something done to a process. `choice` picks among those there are: 0 to 1."""
+    """Something done to a process, a store or the server."""
 
-    at: float
+    after: float
+    """Seconds since the fault before it in its lane ended."""
     kind: str
     choice: float
+    """Picks among the victims there are, and the length of an outage: 0 to 1."""
 
 
 def conversations(seed: int) -> Iterator[ConversationPlan]:
@@ -74,35 +96,61 @@ def conversations(seed: int) -> Iterator[ConversationPlan]:
     while True:
         number += 1
         calm = rng.random() < 0.3
-        turns = tuple(_turn(rng, number, turn, calm=calm) for turn in range(rng.choice((1, 2, 3, 5, 8))))
-        yield ConversationPlan(number, f"soak-{number}" if rng.random() < 0.3 else None, calm, turns)
+        door = SESSIONS if rng.random() < 0.35 else MESSAGES
+        shell = door == SESSIONS and rng.random() < 0.3
+        count = rng.choice((1, 2, 3, 5, 8)) if door == MESSAGES else rng.choice((1, 2, 3, 4))
+        turns = tuple(_turn(rng, number, turn, door, calm=calm, shell=shell) for turn in range(count))
+        name = f"soak-{number}" if door == MESSAGES and rng.random() < 0.3 else None
+        cuts = tuple(rng.randint(2, 15) for _ in range(rng.choice((0, 1, 3)))) if door == SESSIONS and not calm else ()
+        file_bytes = rng.choice((0, 4_000, 300_000)) if door == SESSIONS else 0
+        yield ConversationPlan(number, door, name, calm, turns, shell, cuts, file_bytes)
 
 
-def faults(seed: int, seconds: float, *, process_every: float = 6.0, server_every: float = 120.0) -> list[FaultPlan]:
-    """Faults of processes and of the server, in order; none in the last fifth, so that everything can settle."""
-    rng = random.Random(f"faults {seed}")  # noqa: S311 - a plan, not a secret
-    planned: list[FaultPlan] = []
-    for kinds, every in ((PROCESS_FAULTS, process_every), (SERVER_FAULTS, server_every)):
-        at = 0.0
-        while (at := at + rng.uniform(0.5, 1.5) * every) < seconds * 0.8:
-            planned.append(FaultPlan(at, rng.choice(kinds), rng.random()))
-    return sorted(planned, key=lambda one: one.at)
+def process_faults(seed: int, every: float) -> Iterator[FaultPlan]:
+    """Faults of single processes, without end."""
+    rng = random.Random(f"process faults {seed}")  # noqa: S311 - a plan, not a secret
+    kinds, weights = [kind for kind, _ in PROCESS_FAULTS], [weight for _, weight in PROCESS_FAULTS]
+    while True:
+        yield FaultPlan(rng.uniform(0.5, 1.5) * every, rng.choices(kinds, weights)[0], rng.random())
 
 
-def _turn(rng: random.Random, conversation: int, turn: int, *, calm: bool) -> TurnPlan:
+def large_faults(seed: int, every: float, *, stores: tuple[str, ...]) -> Iterator[FaultPlan]:
+    """Faults of the stores and of the server, without end, one after the other; every third is the server's.
+
+    `stores`: those of `STORE_FAULTS` that can be had here. Each comes as often as the others.
+    """
+    rng = random.Random(f"large faults {seed}")  # noqa: S311 - a plan, not a secret
+    waiting: list[str] = []
+    servers: list[str] = []
+    for number in range(10**9):
+        if number % 3 == 2 or not stores:
+            servers = servers or rng.sample(SERVER_FAULTS, len(SERVER_FAULTS))
+            kind = servers.pop()
+        else:
+            waiting = waiting or rng.sample(stores, len(stores))
+            kind = waiting.pop()
+        yield FaultPlan(rng.uniform(0.7, 1.3) * every, kind, rng.random())
+
+
+def _turn(rng: random.Random, conversation: int, turn: int, door: str, *, calm: bool, shell: bool) -> TurnPlan:
     kinds = [(kind, weight) for kind, weight in TURN_KINDS if not calm or kind in CALM]
     kind = rng.choices([kind for kind, _ in kinds], [weight for _, weight in kinds])[0]
+    if shell and kind in {"tools", "streamed"}:
+        kind = "shell"
     nonce = f"n{conversation:05d}x{turn:02d}x{rng.randrange(16**6):06x}"
-    return TurnPlan(kind, nonce, _prompt(kind, nonce), rng.uniform(0.0, 0.4))
+    return TurnPlan(kind, nonce, _prompt(kind, nonce, door), rng.uniform(0.0, 0.4))
 
 
-def _prompt(kind: str, nonce: str) -> str:
+def _prompt(kind: str, nonce: str, door: str) -> str:
     said = f"{nonce} [[say {nonce} is the answer]]"
     match kind:
         case "recall":
             return f"{said} [[recall]]"
         case "tools":
-            return f'{nonce} [[tool look {{"what": "{nonce}"}}]] [[then]] [[say {nonce} is the answer]]'
+            tool = "look" if door == MESSAGES else "mcp__client__look"
+            return f'{nonce} [[tool {tool} {{"what": "{nonce}"}}]] [[then]] [[say {nonce} is the answer]]'
+        case "shell":
+            return f'{nonce} [[tool Bash {{"command": "echo {nonce}"}}]] [[then]]'
         case "hang up":
             return f"{nonce} [[say {nonce}]] [[tokens 200]] [[delay 30]]"
         case "slow":

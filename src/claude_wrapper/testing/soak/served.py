@@ -26,6 +26,8 @@ class Served:
     upstream_url: str
     settings: Mapping[str, str] = field(default_factory=dict)
     """Further settings, by their names without the prefix."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Further variables that are no settings."""
     url: str = ""
     process: asyncio.subprocess.Process | None = None
     _reading: asyncio.Task[None] | None = None
@@ -42,8 +44,34 @@ class Served:
         """Everything that the processes wrote to standard error."""
         return self.data_dir.with_name(self.data_dir.name + ".log")
 
+    async def migrate(self) -> None:
+        """Make the tables of a database that is not in the data directory. Raises RuntimeError with its last words."""
+        with self.log_file.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "claude_wrapper.cli", "migrate"),
+                env=self._environment(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=log,
+            )
+        if code := await process.wait():
+            raise RuntimeError(f"the migration ended with {code}: {self.log_file.read_text()[-2000:]}")
+
     async def start(self) -> None:
         """Returns when it listens. Raises RuntimeError with its last words, or TimeoutError."""
+        with self.log_file.open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "claude_wrapper.cli", "serve"),
+                env=self._environment(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+            )
+        async with asyncio.timeout(_START_SECONDS):
+            self.url = await self._listening(self.process)
+        self._reading = asyncio.get_running_loop().create_task(_drain(self.process))
+
+    def _environment(self) -> dict[str, str]:
         settings = {
             "data_dir": str(self.data_dir),
             "port": "0",
@@ -55,17 +83,7 @@ class Served:
         }
         env = {f"CLAUDE_WRAPPER_{name.upper()}": value for name, value in settings.items()}
         env |= {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-        with self.log_file.open("ab") as log:
-            self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "claude_wrapper.cli", "serve"),
-                env=env,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-            )
-        async with asyncio.timeout(_START_SECONDS):
-            self.url = await self._listening(self.process)
-        self._reading = asyncio.get_running_loop().create_task(_drain(self.process))
+        return env | dict(self.environment)
 
     async def _listening(self, process: asyncio.subprocess.Process) -> str:
         assert process.stdout is not None  # noqa: S101 - asked for above

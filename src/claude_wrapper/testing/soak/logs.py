@@ -1,0 +1,45 @@
+"""What the server's log says at the end: how often which warning, and the errors with their first words. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+_KEPT: Final = 40
+_LONGEST: Final = 1500
+
+
+@dataclass(slots=True)
+class LogSummary:
+    """Warnings and errors."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """`level event` to how often."""
+    errors: list[str] = field(default_factory=list)
+    """The first error lines of each event, shortened."""
+    unreadable: list[str] = field(default_factory=list)
+    """Lines that are no JSON: something wrote past the log."""
+
+
+def summarize(lines: Iterable[str]) -> LogSummary:
+    """Read JSON log lines."""
+    found = LogSummary()
+    shown: Counter[str] = Counter()
+    for line in lines:
+        try:
+            said: dict[str, Any] = msgspec.json.decode(line)
+            level, event = str(said["level"]), str(said["event"])
+        except (msgspec.DecodeError, KeyError, TypeError):
+            if line.strip() and len(found.unreadable) < _KEPT:
+                found.unreadable.append(line.strip()[:_LONGEST])
+            continue
+        where = f" ({said['module']})" if event == "library.logged" and "module" in said else ""
+        found.counts[f"{level} {event}{where}"] += 1
+        if level in {"error", "critical"} and shown[event] < 5 and len(found.errors) < _KEPT:
+            shown[event] += 1
+            found.errors.append(line.strip()[:_LONGEST])
+    return found
