@@ -15,8 +15,8 @@ from claude_wrapper.testing.soak.outcomes import Followed, Outcome, UpstreamRequ
 from claude_wrapper.testing.soak.pace import Pace
 from claude_wrapper.testing.soak.run import SoakSettings, soak
 
-SEED = 3258
-"""Its first four callers are an untouched one, a touched one and a session of each kind; its faults begin with the database, Redis and the server."""
+SEED = 1328
+"""Its first four callers are an untouched one, a touched one and a session of each kind; its faults begin with the blob store, the disk and the server."""
 NONCE = "n00007x00xabcdef"
 GOOD = Outcome(7, "plain", True, NONCE, 100.0, 1.0, "answered", 200, f"{NONCE} is the answer")
 SENT = UpstreamRequest("req_1", 200, True, 100.0, 10, 5)
@@ -175,7 +175,7 @@ async def test_twenty_seconds_of_faults_leave_everything_in_order(reachable_tmp_
         callers=4,
         max_processes=6,
         process_fault_every=2.0,
-        large_fault_every=2.0,
+        large_fault_every=3.0,
         faults_least=4,
         calm_p99_seconds=80.0,  # this machine may be busy with other tests
     )

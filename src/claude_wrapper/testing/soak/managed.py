@@ -133,7 +133,7 @@ class ManagedConversation:
         if heard.error:
             how, detail = "broken", heard.error
         elif not heard.over:
-            how, detail = "unclear", f"the session came to no end within {ANSWER_SECONDS:g} s"
+            how, detail = "unclear", await self._why(session, follower.events[mark:])
         elif turn.kind == "hang up":
             how, detail = "hung up", ""
         else:
@@ -171,6 +171,13 @@ class ManagedConversation:
                 await self.asker.up.wait()
                 await self.asker.ask("GET", f"/v1/sessions/{session}")
         return _heard(follower.events[mark:], turn.nonce)
+
+    async def _why(self, session: str, heard: list[dict[str, Any]]) -> str:
+        """What is known of a session that came to no end."""
+        shown = await self.asker.ask("GET", f"/v1/sessions/{session}")
+        status = shown.body.get("status") if shown.ok else shown.detail
+        kinds = " ".join(str(event["type"]) for event in heard[-6:])
+        return f"no end within {ANSWER_SECONDS:g} s; the session is {status}; last events: {kinds or 'none'}"
 
     async def _send(self, session: str, event: dict[str, Any]) -> bool:
         """Whether it has been taken; 409 says that it was taken before."""
