@@ -87,6 +87,16 @@ class Settings:
     drain_seconds: float = setting(
         30.0, "On SIGTERM, running turns and open streams get this long to end.", kind="float", minimum=0
     )
+    internal_url: str | None = setting(
+        None,
+        "The URL by which other replicas reach this one, as `http://10.1.2.3:8000`; default: the address it listens on.",
+    )
+    lease_seconds: float = setting(
+        15.0,
+        "A replica that the database has not heard of for this long is taken for dead: others take over its sessions.",
+        kind="float",
+        minimum=1,
+    )
     max_body_bytes: int = setting(
         32 * 2**20,
         "Largest request body of the Messages routes, in bytes (the API's own limit is 32 MB).",

@@ -235,6 +235,25 @@ class StorageUnavailable(WrapperError):
     retryable = True
 
 
+class LeaseLost(WrapperError):
+    """Another replica took this session over: this one may write nothing for it any more."""
+
+    code = "lease_lost"
+    retryable = True
+
+
+class HeldElsewhere(LeaseLost):
+    """Another replica holds this session."""
+
+    code = "held_elsewhere"
+
+    def __init__(self, message: str | None = None, *, holder: str, address: str | None, **kw: Any) -> None:
+        """`holder` is the replica's id, `address` the URL by which it is reached (None: it cannot be)."""
+        self.holder = holder
+        self.address = address
+        super().__init__(message, **kw)
+
+
 class SnapshotCorrupted(WrapperError):
     """A stored snapshot cannot be read back."""
 

@@ -57,6 +57,8 @@ ANTHROPIC: Final[Mapping[str, Row]] = MappingProxyType(
         "configuration_error": Row(500, "api_error"),
         "sandbox_unavailable": Row(503, "api_error"),
         "storage_unavailable": Row(503, "api_error"),
+        "lease_lost": Row(503, "api_error"),
+        "held_elsewhere": Row(503, "api_error"),
         "snapshot_corrupted": Row(500, "api_error"),
         "vault_sealed": Row(503, "api_error"),
         "illegal_transition": Row(500, "api_error"),

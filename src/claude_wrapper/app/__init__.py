@@ -26,6 +26,7 @@ from claude_wrapper.api.credentials import UpstreamCredentials
 from claude_wrapper.api.reports import security_report
 from claude_wrapper.api.state import ApiSettings, Deps
 from claude_wrapper.app.orgsettings import OrgSecurity, OrgSettings
+from claude_wrapper.app.replica import named, running_replica
 from claude_wrapper.app.resources import purge_expired_files, resource_means
 from claude_wrapper.app.telemetry import Telemetry
 from claude_wrapper.app.tenants import Tenants, running_tenants
@@ -173,9 +174,11 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def running_server(
-    settings: Settings, *, clock: Clock | None = None, ids: Ids | None = None
+    settings: Settings, *, clock: Clock | None = None, ids: Ids | None = None, address: str | None = None
 ) -> AsyncIterator[Server]:
     """A running server; everything that it started has ended when the context is left.
+
+    `address` is the URL it listens on, by which other replicas reach it unless a setting names another.
 
     Raises ConfigurationError, SandboxUnavailable or StorageUnavailable when it cannot start, with the reason.
     """
@@ -185,10 +188,10 @@ async def running_server(
     telemetry = Telemetry(settings, clock, __version__)
     host = await _host(settings)
     sandbox, levels, policy = host.sandbox, host.levels, host.policy
-    slots_dir = await _emptied_slots(data_dir)
-    tasks = Tasks()
-    lifecycle, flight = Lifecycle(), InFlight()
+    tasks, lifecycle, flight = Tasks(), Lifecycle(), InFlight()
     async with contextlib.AsyncExitStack() as stack:
+        name = stack.enter_context(named(data_dir, ids))
+        slots_dir = await _emptied_slots(data_dir)
         stack.push_async_callback(telemetry.close)
         telemetry.start()
         tenants = await stack.enter_async_context(running_tenants(settings, data_dir, clock, ids))
@@ -235,8 +238,11 @@ async def running_server(
         )
         keeper.conversations = conversations
         credentials = UpstreamCredentials(tenants.resolver, settings.upstream_url, allow_oauth=settings.allow_oauth)
+        own = await stack.enter_async_context(
+            running_replica(settings, name, tenants.database, clock, listening=address)
+        )
         books = Books(
-            tenants.database, EventLog(tenants.database, tenants.state, clock, ids), tenants.state, clock, ids
+            tenants.database, EventLog(tenants.database, tenants.state, clock, ids), tenants.state, own, clock, ids
         )
         sessions = ManagedSessions(
             books,
@@ -247,15 +253,15 @@ async def running_server(
                 security=security.policy,
                 aliases=MODEL_ALIASES,
             ),
-            RunnerSettings(settings.turn_seconds, parked_seconds=600.0, replica=ids.new("replica")),
+            RunnerSettings(settings.turn_seconds, parked_seconds=600.0),
             tasks.spawn,
         )
         await pool.start()
         stack.push_async_callback(tasks.settle, 5.0)
         stack.push_async_callback(pool.close, 5.0)
         stack.push_async_callback(sessions.close)
-        upkeep = tasks.spawn(_sweep(conversations, clock, settings.sweep_seconds))
-        stack.callback(upkeep.cancel)  # before the tasks are waited for: it never ends by itself
+        for endless in (_sweep(conversations, clock, settings.sweep_seconds), sessions.listen(), sessions.attend()):
+            stack.callback(tasks.spawn(endless).cancel)  # before the tasks are waited for: they never end by themselves
         private = _networks(settings.private_networks)
         resources = resource_means(settings, data_dir, tenants, clock, ids, permitted=private)
         cleaning = tasks.spawn(purge_expired_files(resources, clock, settings.sweep_seconds))

@@ -47,7 +47,8 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    async with running_server(settings) as server:
+    shown = f"[{host}]" if ":" in host else host
+    async with running_server(settings, address=f"http://{shown}:{port}") as server:
         http = uvicorn.Server(
             uvicorn.Config(
                 server.app,

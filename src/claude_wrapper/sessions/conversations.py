@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import structlog
 
-from claude_wrapper.errors import Conflict, InvalidRequest, NotFound
+from claude_wrapper.errors import Conflict, InvalidRequest, NotFound, WrapperError
 from claude_wrapper.ids import SESSION, well_formed
 from claude_wrapper.pool.slot import Reason
 from claude_wrapper.sandbox.files import remove_tree
@@ -42,6 +42,8 @@ class Conversations:
     ) -> None:
         self.on_named: Callable[[Conversation, str], None] = lambda _conversation, _name: None
         """Called for each conversation that a caller names for the first time."""
+        self.on_forgotten: Callable[[Conversation], None] = lambda _conversation: None
+        """Called with each conversation that is not held here any more."""
         self._rooms = rooms
         self._kept_dir = kept_dir
         self._forget_after = forget_after_seconds
@@ -269,6 +271,18 @@ class Conversations:
         self._forget(conversation)
         await self._rooms.pool.end_session(session)
 
+    def drop(self, conversation: Conversation) -> None:
+        """Another replica holds this conversation now: its turn is stopped and its process thrown away."""
+        if conversation.process is not None:
+            conversation.process.primed = False  # what cannot be rewound is stopped
+        self._forget(conversation)
+        self._rooms.spawn(self._stop(conversation))
+
+    async def _stop(self, conversation: Conversation) -> None:
+        with contextlib.suppress(WrapperError):
+            await conversation.suspend()
+        await self._rooms.pool.end_session(conversation.session)
+
     async def sweep(self) -> int:
         """Forget conversations that nobody continued for long. Returns how many."""
         now = self._rooms.clock.monotonic()
@@ -306,7 +320,9 @@ class Conversations:
 
     def _forget(self, conversation: Conversation) -> None:
         self._unindex(conversation)
-        conversation.ended = True
+        if not conversation.ended:
+            conversation.ended = True
+            self.on_forgotten(conversation)
         for message_id in self._message_ids.pop(conversation.session, ()):
             self._by_message.pop(message_id, None)
         self._by_session.pop(conversation.session, None)

@@ -15,11 +15,12 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper.broker.calls import Credential, CredentialKind
-from claude_wrapper.errors import NotFound
+from claude_wrapper.errors import LeaseLost, NotFound
 from claude_wrapper.ids import SESSION, well_formed
 from claude_wrapper.sandbox.security import SecurityPolicy
 from claude_wrapper.sessions import records
 from claude_wrapper.sessions.agentspec import Setup, policy_of, setup
+from claude_wrapper.sessions.askers import acting
 from claude_wrapper.sessions.conversation import Conversation
 from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.journal import Books, SessionJournal
@@ -28,9 +29,9 @@ from claude_wrapper.sessions.sessionfields import NewSession
 from claude_wrapper.sessions.spec import Owner, TurnEnd, TurnInput
 from claude_wrapper.sessions.threads import note_thread
 from claude_wrapper.sessions.transcript import client_view
+from claude_wrapper.storage.dialects import is_unique_violation
 from claude_wrapper.storage.tables.tenancy import organizations
-from claude_wrapper.tenancy.principal import ActorKind, Principal, owned
-from claude_wrapper.tenancy.scopes import Role
+from claude_wrapper.tenancy.principal import Principal, owned
 from claude_wrapper.wire.streamjson import Frame
 
 log = structlog.get_logger(__name__)
@@ -50,21 +51,33 @@ class Doors:
     ) -> None:
         """`choose` finds the upstream credential of a principal, `security` what an organisation's agents may do."""
         self.on_change: Callable[[str], None] = lambda _session: None
+        self.recover: Callable[[Session], Awaitable[None]] = _nothing
+        """Goes on with the turn of a session whose server died, and returns when it is over."""
         self._books = books
+        self._own = books.own
         self._conversations = conversations
         self._choose = choose
         self._security = security
         self._aliases = aliases
         conversations.on_named = self.attach
+        conversations.on_forgotten = self._forgotten
+        self._own.on_lost = self._lost
 
     # What runners ask (runner.Host) -----------------------------------------------------------------------------------
 
     async def open(self, session: Session) -> tuple[Conversation, SessionJournal]:
-        """The session's conversation, restored if this replica does not hold it."""
+        """The session's conversation, taken and restored if this replica does not hold it.
+
+        Raises HeldElsewhere while another living replica holds the session.
+        """
+        fence = await self._own.take(acting(session.owner), session.id)
         conversation = self._conversations.find(session.id)
+        if conversation is not None and _fence_of(conversation) not in (None, fence):
+            self._conversations.drop(conversation)  # of an earlier time, before another replica held the session
+            conversation = None
         if conversation is None:
             async with self._books.db.read() as tx:
-                messages = await records.load_messages(tx, acting(session), session.id)
+                messages = await records.load_messages(tx, acting(session.owner), session.id)
             conversation = self._conversations.find(session.id) or self._conversations.restore(
                 session.id, session.owner, client_view(messages), name=session.name
             )
@@ -73,8 +86,18 @@ class Doors:
             journal.session = session
             journal.decide = policy_of(session.agent)
         else:
-            conversation.journal = journal = self._journal(session, conversation)
+            conversation.journal = journal = self._journal(session, conversation, fence)
         return conversation, journal
+
+    def _lost(self, session: str, fence: int) -> None:
+        conversation = self._conversations.find(session)
+        if conversation is not None and _fence_of(conversation) == fence:
+            self._conversations.drop(conversation)
+
+    def _forgotten(self, conversation: Conversation) -> None:
+        fence = _fence_of(conversation)
+        if fence is not None:
+            self._own.release(conversation.session, fence)
 
     async def credential(self, principal: Principal) -> Credential:
         """Raises CredentialMissing."""
@@ -85,6 +108,10 @@ class Doors:
         oauth = credential.kind is CredentialKind.OAUTH
         security = await self._security(session.org_id)
         return setup(session.agent, security, oauth=oauth, aliases=self._aliases)
+
+    def holds(self, session: str) -> bool:
+        """Whether this replica holds the session."""
+        return self._own.holds(session)
 
     def busy(self, session: str) -> bool:
         """A turn runs here."""
@@ -103,25 +130,34 @@ class Doors:
         if conversation is not None:
             await self._conversations.end(conversation.owner, session.id)
 
-    def _journal(self, session: Session, conversation: Conversation) -> SessionJournal:
+    async def gone(self, session: str) -> None:
+        """The session was deleted: the same, if it is held here."""
+        conversation = self._conversations.find(session)
+        if conversation is not None:
+            await self._conversations.end(conversation.owner, session)
+
+    def _journal(self, session: Session, conversation: Conversation, fence: int) -> SessionJournal:
         return SessionJournal(
             self._books,
             session,
-            acting(session),
+            acting(session.owner),
             conversation,
+            fence=fence,
             decide=policy_of(session.agent),
             on_change=lambda: self.on_change(session.id),
+            on_lost=lambda: self._own.lose(session.id, fence),
         )
 
     # The Messages door ------------------------------------------------------------------------------------------------
 
     async def admit(self, principal: Principal, owner: Owner, name: str) -> None:
-        """Before the Messages door looks for a named conversation: restore it if its session is in the database.
+        """Before the Messages door looks for a named conversation: take and restore it if its session is in the database.
 
-        Raises NotFound for a session id of somebody else and for an archived session.
+        Raises NotFound for a session id of somebody else and for an archived session, HeldElsewhere while another
+        replica holds it.
         """
         by_id = name.startswith(f"{SESSION}_") and well_formed(name, SESSION)
-        if self._conversations.known(owner, name):
+        if self._own.certain and self._conversations.known(owner, name):
             return
         async with self._books.db.read() as tx:
             if by_id:
@@ -132,7 +168,21 @@ class Doors:
             return
         if session.ended:
             raise NotFound(f"session {session.id} has ended")
-        await self.open(session)
+        before = self._own.holds(session.id)
+        _, journal = await self.open(session)
+        if before or session.turn is None or session.awaited:
+            return
+        if session.turn.get("durable"):
+            await self.recover(session)
+        else:
+            await self.take_back(session, journal)
+
+    async def take_back(self, session: Session, journal: SessionJournal) -> None:
+        """A turn of the Messages door whose server died: its caller sends it again, so it is as if it never was."""
+        messages = await journal.take_back(session)
+        conversation = self._conversations.find(session.id)
+        if conversation is not None and not conversation.busy:
+            conversation.messages = client_view(messages)
 
     def attach(self, conversation: Conversation, name: str) -> None:
         """The Messages door made a named conversation: its first turn makes its session."""
@@ -141,19 +191,30 @@ class Doors:
     async def adopt(self, conversation: Conversation, name: str, turn_input: TurnInput) -> SessionJournal | None:
         """The session of a conversation that has none yet; None when its organisation is not in the database."""
         owner, books = conversation.owner, self._books
-        principal = _owner_acting(owner)
+        principal = acting(owner)
         now = books.clock.now()
-        async with books.db.transaction() as tx:
-            if not await _has_rows(tx, principal):
-                return None
-            new = NewSession(agent=_described(turn_input), origin=records.BY_MESSAGES, name=name)
-            row = new.row(principal, conversation.session, books.ids.new("sthr"), now)
-            await records.insert_session(tx, {**row, "actor_id": owner.principal})
-            session = await records.get_session(tx, principal, conversation.session)
-            await note_thread(
-                tx, principal, session, session.thread_id, name=session.agent_name, status=records.IDLE, now=now
-            )
-        return self._journal(session, conversation)
+        if not self._own.certain:
+            await self._own.renew()
+        try:
+            async with books.db.transaction() as tx:
+                if not await _has_rows(tx, principal):
+                    return None
+                new = NewSession(agent=_described(turn_input), origin=records.BY_MESSAGES, name=name)
+                row = new.row(principal, conversation.session, books.ids.new("sthr"), now)
+                held = {"actor_id": owner.principal, "holder": self._own.replica, "fence": 1}
+                await records.insert_session(tx, {**row, **held})
+                session = await records.get_session(tx, principal, conversation.session)
+                await note_thread(
+                    tx, principal, session, session.thread_id, name=session.agent_name, status=records.IDLE, now=now
+                )
+        except sa.exc.IntegrityError as error:
+            if not is_unique_violation(error):
+                raise
+            # Two replicas were asked for the same new name at once; the other one's session is the conversation.
+            self._conversations.drop(conversation)
+            raise LeaseLost(f"session {name!r} was made by another replica at the same moment", retry_after=1) from None
+        self._own.made(session.id, 1)
+        return self._journal(session, conversation, 1)
 
 
 class _FirstTurn:
@@ -180,14 +241,13 @@ class _FirstTurn:
             await self._journal.end(end)
 
 
-def acting(session: Session) -> Principal:
-    """The server, writing down what a session does: in its organisation and workspace, with no right of its own."""
-    return _owner_acting(session.owner)
+def _fence_of(conversation: Conversation) -> int | None:
+    journal = conversation.journal
+    return journal.fence if isinstance(journal, SessionJournal) else None
 
 
-def _owner_acting(owner: Owner) -> Principal:
-    kind = ActorKind.API_KEY if owner.key_id else ActorKind.USER
-    return Principal(owner.org, owner.workspace, kind, owner.key_id, owner.user, Role.VIEWER, frozenset())
+async def _nothing(_session: Session) -> None:
+    """Nobody runs turns yet."""
 
 
 async def _has_rows(tx: AsyncConnection, principal: Principal) -> bool:

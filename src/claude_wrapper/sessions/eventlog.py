@@ -26,7 +26,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper.clock import Clock
-from claude_wrapper.errors import InvalidRequest, NotFound, StorageUnavailable
+from claude_wrapper.errors import InvalidRequest, LeaseLost, NotFound, StorageUnavailable
 from claude_wrapper.ids import Ids
 from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.state.ports import Channels, Ended, Subscription
@@ -44,6 +44,14 @@ PAGE: Final = 500
 """Events read at once while a stream catches up."""
 INLINE_BYTES: Final = 64 * 1024
 """Larger batches are not carried by the shared state: readers fetch them from the database."""
+_REQUEST_START: Final = "span.model_request_start"
+_REQUEST_END: Final = "span.model_request_end"
+_NO_USAGE: Final = {
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "cache_creation_input_tokens": 0,
+    "cache_read_input_tokens": 0,
+}
 SILENCE_SECONDS: Final = 15.0
 """After so long without a message a stream looks into the database: a lost message costs at most this delay."""
 
@@ -140,8 +148,11 @@ class EventLog:
         events: Sequence[dict[str, Any]],
         *,
         queued: bool = False,
+        fence: int | None = None,
     ) -> list[Stored]:
         """Write a batch inside the caller's transaction; call `publish` once it is committed.
+
+        `fence` is given by the session's holder: raises LeaseLost once another replica holds it. Else NotFound.
 
         Each event has `type` and may have `id`. `cross_posted` moves an event of a sub-agent to the session's own
         stream. `queued`: a client's events, which wait for their turn (`processed_at` null).
@@ -149,14 +160,17 @@ class EventLog:
         if not events:
             return []
         now = self._clock.now()
+        mine = sa.and_(owned(principal, sessions), sessions.c.id == session)
         taken = await tx.execute(
             sa.update(sessions)
-            .where(owned(principal, sessions), sessions.c.id == session)
+            .where(mine if fence is None else sa.and_(mine, sessions.c.fence == fence))
             .values(last_seq=sessions.c.last_seq + len(events), updated_at=now)
             .returning(sessions.c.last_seq)
         )
         last = taken.scalar()
         if last is None:
+            if fence is not None and (await tx.execute(sa.select(sessions.c.id).where(mine))).first() is not None:
+                raise LeaseLost(f"session {session} was taken over by another replica")
             raise NotFound(f"there is no session {session}")
         common = {"session_id": session, "org_id": principal.org, "written_at": now}
         common["processed_at"] = None if queued else now
@@ -185,6 +199,19 @@ class EventLog:
         )
         rows = (await tx.execute(query.order_by(table.c.seq))).all()
         return [Stored(row.seq, row.id, row.type, row.thread_id, _whole(row.body, None)) for row in rows]
+
+    async def unfinished_request(self, tx: AsyncConnection, principal: Principal, session: str) -> list[dict[str, Any]]:
+        """What closes the model request that its server left open, as events to be written; empty: none is open."""
+        table = session_events
+        query = (
+            sa.select(table.c.id, table.c.type)
+            .where(owned(principal, table), table.c.session_id == session, table.c.thread_id.is_(None))
+            .where(table.c.type.in_([_REQUEST_START, _REQUEST_END]))
+        )
+        last = (await tx.execute(query.order_by(table.c.seq.desc()).limit(1))).first()
+        if last is None or last.type == _REQUEST_END:
+            return []
+        return [{"type": _REQUEST_END, "model_request_start_id": last.id, "is_error": True, "model_usage": _NO_USAGE}]
 
     async def processed(
         self, tx: AsyncConnection, principal: Principal, session: str, events: Sequence[Stored]

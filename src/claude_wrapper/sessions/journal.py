@@ -16,13 +16,14 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper.clock import Clock
-from claude_wrapper.errors import NotFound, StorageUnavailable, UpstreamError, WrapperError
+from claude_wrapper.errors import LeaseLost, NotFound, StorageUnavailable, UpstreamError, WrapperError
 from claude_wrapper.ids import Ids
 from claude_wrapper.sessions import records
 from claude_wrapper.sessions.conversation import Conversation
 from claude_wrapper.sessions.eventlog import EventLog, InFlight, Stored, answering
+from claude_wrapper.sessions.ownership import Ownership
 from claude_wrapper.sessions.records import CallRow, Session
-from claude_wrapper.sessions.spec import TurnEnd, TurnInput
+from claude_wrapper.sessions.spec import Message, TurnEnd, TurnInput
 from claude_wrapper.sessions.threads import note_thread
 from claude_wrapper.sessions.transcript import Recorder, names_in
 from claude_wrapper.storage.engine import Database
@@ -56,6 +57,7 @@ class Books:
     db: Database
     log: EventLog
     state: SharedState
+    own: Ownership
     clock: Clock
     ids: Ids
 
@@ -89,10 +91,17 @@ class SessionJournal:
         principal: Principal,
         conversation: Conversation,
         *,
+        fence: int,
         decide: Callable[[str, Any], str],
         on_change: Callable[[], None],
+        on_lost: Callable[[], None],
     ) -> None:
-        """`principal` is the session's own (its organisation and workspace); `on_change`: the runner should look."""
+        """`principal` is the session's own (its organisation and workspace); `on_change`: the runner should look.
+
+        `fence` is what this replica was given when it took the session; once another has it nothing is written here,
+        and `on_lost` is called.
+        """
+        self.fence = fence
         self.session = session
         self.decide = decide
         self.taking: Sequence[Stored] = ()
@@ -103,6 +112,7 @@ class SessionJournal:
         self._principal = principal
         self._conversation = conversation
         self._on_change = on_change
+        self._on_lost = on_lost
         self._turn: _Turn | None = None
         self._waiting: list[tuple[Output, int | None]] = []
         self._writing: asyncio.Task[None] | None = None
@@ -125,14 +135,24 @@ class SessionJournal:
     # Journal ----------------------------------------------------------------------------------------------------------
 
     async def begin(self, turn_input: TurnInput) -> TurnInput:
-        """Note the turn, and give it the whole past for a fresh process. Raises NotFound for a deleted session."""
+        """Note the turn, and give it the whole past for a fresh process.
+
+        Raises NotFound for a deleted session, LeaseLost for one that another replica took.
+        """
+        try:
+            return await self._begin(turn_input)
+        except LeaseLost:
+            self._on_lost()
+            raise
+
+    async def _begin(self, turn_input: TurnInput) -> TurnInput:
         books, session = self._books, self.session.id
         cleanup = contextlib.AsyncExitStack()
         async with cleanup:
             inflight = InFlight(books.log, session)
             await cleanup.enter_async_context(answering(books.state, inflight, session))
             async with books.db.transaction() as tx:
-                await records.get_session(tx, self._principal, session, lock=True)
+                await records.get_held(tx, self._principal, session, self.fence)
                 messages = await records.load_messages(tx, self._principal, session)
                 recorder = Recorder(messages)
                 past = tuple(messages)
@@ -147,7 +167,10 @@ class SessionJournal:
                 if turn_input.replay is None:
                     events += self.running_events()
                 stored = await books.log.write(tx, self._principal, session, events)
-                await records.change_session(tx, self._principal, session, status=records.RUNNING, stop_reason=None)
+                running = {"start": start, "durable": turn_input.durable}
+                await records.change_session(
+                    tx, self._principal, session, status=records.RUNNING, stop_reason=None, turn=running
+                )
                 known = await records.calls_of(tx, self._principal, session)
                 if self.taking:
                     await books.log.processed(tx, self._principal, session, self.taking)
@@ -223,6 +246,8 @@ class SessionJournal:
             await self._books.log.publish(self.session.id, self._ended)
         except NotFound:
             pass  # deleted in the middle of the turn
+        except LeaseLost:
+            self._on_lost()  # another replica goes on with it
         except StorageUnavailable:
             log.exception("session.end_not_written", session=self.session.id)
         finally:
@@ -265,6 +290,8 @@ class SessionJournal:
                     at = to
         except WrapperError as error:
             self._failed = error
+            if isinstance(error, LeaseLost):
+                self._on_lost()
         except Exception as error:  # told to the turn, which ends
             log.exception("journal.failed", session=self.session.id)
             self._failed = WrapperError(f"the turn could not be written down: {type(error).__name__}")
@@ -286,7 +313,11 @@ class SessionJournal:
         books, principal, session = self._books, self._principal, self.session.id
         now = books.clock.now()
         events = [event for output, _ in run for event in output.events]
-        stored = await books.log.write(tx, principal, session, events)
+        if events:
+            stored = await books.log.write(tx, principal, session, events, fence=self.fence)
+        else:
+            await records.guard(tx, principal, session, self.fence)
+            stored = []
         for position in sorted({at for _, at in run if at is not None}):
             message = turn.recorder.messages[position]
             model = turn.input.model if message.role == "assistant" else ""
@@ -333,9 +364,9 @@ class SessionJournal:
 
     async def _end(self, tx: AsyncConnection, turn: _Turn, end: TurnEnd) -> None:
         books, principal, session_id = self._books, self._principal, self.session.id
-        session = await records.get_session(tx, principal, session_id, lock=True)
+        session = await records.get_held(tx, principal, session_id, self.fence)
         active = session.active_ms + round((books.clock.monotonic() - turn.began) * 1000)
-        values: dict[str, Any] = {"usage": _with_usage(session.usage, end), "active_ms": active}
+        values: dict[str, Any] = {"usage": _with_usage(session.usage, end), "active_ms": active, "turn": None}
         self._ended = ()
         if session.ended or (session.awaited and (end.suspended or not end.interrupted)):
             # The process is gone and the client owes answers: the turn goes on when they come.
@@ -356,6 +387,27 @@ class SessionJournal:
             values |= {"status": records.IDLE, "stop_reason": dict(outcome.stop_reason)}
         await records.change_session(tx, principal, session_id, **values)
         self._ended = await books.log.write(tx, principal, session_id, events)
+
+    async def take_back(self, session: Session) -> list[Message]:
+        """The session's server died in a turn whose caller will send it again: forget the turn; what is left of the
+        transcript. Raises LeaseLost, NotFound, StorageUnavailable."""
+        books, principal, session_id = self._books, self._principal, session.id
+        error = error_event("unknown_error", "The server that ran this turn stopped before it ended. Send it again.")
+        async with books.db.transaction() as tx:
+            present = await records.get_held(tx, principal, session_id, self.fence)
+            turn = present.turn or {}
+            if "start" in turn:
+                await records.cut_messages(tx, principal, session_id, int(turn["start"]))
+            await records.cancel_calls(tx, principal, session_id, books.clock.now())
+            events = [*await books.log.unfinished_request(tx, principal, session_id)]
+            events += [{"type": "session.error", "error": dict(error)}, *self.idle_events(EXHAUSTED)]
+            await records.change_session(
+                tx, principal, session_id, status=records.IDLE, stop_reason=dict(EXHAUSTED), turn=None
+            )
+            stored = await books.log.write(tx, principal, session_id, events, fence=self.fence)
+            messages = await records.load_messages(tx, principal, session_id)
+        await books.log.publish(session_id, stored)
+        return messages
 
     def running_events(self) -> list[dict[str, Any]]:
         """The session works."""

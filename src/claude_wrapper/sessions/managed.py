@@ -1,7 +1,7 @@
 """Sessions as their clients see them: made, changed, spoken to, archived, deleted; and who runs them.
 
 Everything here is a transaction on the rows and the event log. What is written for a session to act on wakes its runner,
-on this replica or on the one that holds its lease.
+on this replica or on the one that holds it.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from claude_wrapper.errors import Conflict, InvalidRequest, NotFound
+from claude_wrapper.errors import Conflict, HeldElsewhere, InvalidRequest, NotFound, StorageUnavailable
 from claude_wrapper.ids import EVENT, SESSION
 from claude_wrapper.sessions import mounts, records
+from claude_wrapper.sessions.askers import acting, asking, noted
 from claude_wrapper.sessions.doors import Doors
 from claude_wrapper.sessions.eventlog import Stored
 from claude_wrapper.sessions.journal import TURN_EVENTS, Books
+from claude_wrapper.sessions.ownership import BEATS
 from claude_wrapper.sessions.records import CallRow, Filter, Session
 from claude_wrapper.sessions.resources.definitions import overridden
 from claude_wrapper.sessions.resources.values import Fields, merged_metadata
-from claude_wrapper.sessions.runner import Runner, RunnerSettings, lease_name
+from claude_wrapper.sessions.runner import Runner, RunnerSettings
 from claude_wrapper.sessions.sessionfields import NewSession, budget_of, status_events
 from claude_wrapper.sessions.threads import note_thread
 from claude_wrapper.storage.pagination import Page, PageRequest
@@ -33,6 +36,11 @@ log = structlog.get_logger(__name__)
 READ: Final = "read:sessions"
 WRITE: Final = "write:sessions"
 _CLOSE_SECONDS: Final = 3.0
+_LISTEN_SECONDS: Final = 1.0
+_MOST_STRAYS: Final = 8
+"""Sessions of dead replicas that one replica goes on with at once: the others wait instead of crowding its pool."""
+CALLS: Final = "sessions/calls"
+"""Replicas call each other here: (replica, or empty for whoever can; session)."""
 MAX_QUEUED: Final = 100
 """Messages that may wait in one session."""
 
@@ -55,7 +63,9 @@ class ManagedSessions:
         self._runners: dict[str, Runner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._strays: set[asyncio.Task[None]] = set()
         doors.on_change = self.wake
+        doors.recover = self.recover
 
     # The life of a session --------------------------------------------------------------------------------------------
 
@@ -66,7 +76,8 @@ class ManagedSessions:
         now = books.clock.now()
         session_id, thread = books.ids.new(SESSION), books.ids.new("sthr")
         async with books.db.transaction() as tx:
-            await records.insert_session(tx, new.row(principal, session_id, thread, now))
+            asker = noted(principal) if new.initial_events else None
+            await records.insert_session(tx, {**new.row(principal, session_id, thread, now), "asker": asker})
             session = await records.get_session(tx, principal, session_id)
             await note_thread(tx, principal, session, thread, name=session.agent_name, status=records.IDLE, now=now)
             for one in new.mounts:
@@ -145,7 +156,7 @@ class ManagedSessions:
 
     async def _end(self, principal: Principal, session: Session) -> None:
         self.wake(session.id)
-        self.start(principal, session.id)  # another replica may run it
+        await self.call(session.holder, session.id)
         await self.doors.close(session)
 
     # Speaking to it ---------------------------------------------------------------------------------------------------
@@ -163,6 +174,8 @@ class ManagedSessions:
             _require_open(present)
             if present.origin == records.BY_MESSAGES and not present.agent.get("model"):
                 raise Conflict(f"session {session} has had no turn yet")
+            if (asker := noted(principal)) != present.asker:
+                await records.change_session(tx, principal, session, asker=asker)
             stored = await self._take(tx, principal, present, events)
         await books.log.publish(session, stored)
         self.start(principal, session)
@@ -264,23 +277,26 @@ class ManagedSessions:
         if runner is not None:
             runner.wake()
 
-    def start(self, principal: Principal, session: str) -> None:
-        """Let the session run if there is something to do."""
+    def start(self, principal: Principal, session: str) -> asyncio.Task[None] | None:
+        """Let the session run if there is something to do; the task of its runner, unless the server stops."""
         if self._closed:
-            return
+            return None
         runner = self._runners.get(session)
         if runner is not None:
             runner.principal = principal
             runner.wake()
-            return
+            return runner.task
         runner = self._runners[session] = Runner(self.books, self.doors, self._settings, session, principal)
-        task = self._spawn(self._run(session, runner))
+        task = runner.task = self._spawn(self._run(session, runner))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _run(self, session: str, runner: Runner) -> None:
         try:
             await runner.run()
+        except HeldElsewhere as elsewhere:
+            await self.call(elsewhere.holder, session)
         except NotFound:
             log.info("session.gone", session=session)
         finally:
@@ -291,11 +307,83 @@ class ManagedSessions:
 
     async def _look_after(self, principal: Principal, session: Session) -> None:
         """A session that is said to run and that nobody runs has lost its server."""
-        if session.status != records.RUNNING or session.id in self._runners:
+        if session.status == records.RUNNING and session.id not in self._runners and not self.doors.busy(session.id):
+            self.start(asker_of(session), session.id)
+
+    # Among replicas ---------------------------------------------------------------------------------------------------
+
+    async def call(self, holder: str | None, session: str) -> None:
+        """Tell the replica that holds a session to look into its log (None: whoever can take it)."""
+        if holder == self.books.own.replica:
             return
-        if self.doors.busy(session.id) or await self.books.state.holder(lease_name(session.id)) is not None:
-            return
-        self.start(principal, session.id)
+        try:
+            await self.books.state.publish(CALLS, msgspec.msgpack.encode((holder or "", session)))
+        except StorageUnavailable as error:
+            # The holder looks by itself every few seconds.
+            log.warning("session.holder_not_called", session=session, cause=error.message)
+
+    async def listen(self) -> None:
+        """Hear the calls of other replicas, until cancelled."""
+        own = self.books.own.replica
+        while True:
+            try:
+                async with self.books.state.subscribe(CALLS) as calls:
+                    async for message in calls:
+                        to, session = msgspec.msgpack.decode(message, type=tuple[str, str])
+                        if to in ("", own):
+                            await self._called(session)
+            except StorageUnavailable as error:
+                log.warning("sessions.not_listening", cause=error.message)
+            await self.books.clock.sleep(_LISTEN_SECONDS)
+
+    async def _called(self, session_id: str) -> None:
+        try:
+            async with self.books.db.read() as tx:
+                session = await records.any_session(tx, session_id)
+        except StorageUnavailable:
+            return  # found by `attend`
+        if session is not None and not session.ended:
+            self.start(asker_of(session), session_id)
+        elif session is not None:
+            self.wake(session_id)
+            await self.doors.close(session)
+        else:
+            await self.doors.gone(session_id)
+
+    async def attend(self) -> None:
+        """Upkeep, until cancelled: sessions that have something to do and that nobody runs, most of all those whose
+        replica died, are run here."""
+        own = self.books.own
+        while True:
+            await self.books.clock.sleep(own.lease_seconds / BEATS)
+            room = _MOST_STRAYS - len(self._strays)
+            if room <= 0:
+                continue
+            try:
+                async with self.books.db.read() as tx:
+                    found = await records.unattended(tx, own.replica, room + len(self._runners))
+                await own.bury()
+            except StorageUnavailable as error:
+                log.warning("sessions.not_attended", cause=error.message)
+                continue
+            for session in found:
+                if room > 0 and session.id not in self._runners and not self.doors.busy(session.id):
+                    room -= 1
+                    task = self.start(asker_of(session), session.id)
+                    if task is not None:
+                        self._strays.add(task)
+                        task.add_done_callback(self._strays.discard)
+
+    async def recover(self, session: Session) -> None:
+        """Go on with the turn of a session whose server died; returns when it is over."""
+        task = self.start(asker_of(session), session.id)
+        if task is not None:
+            await asyncio.wait({task})
+
+
+def asker_of(session: Session) -> Principal:
+    """Whose turns these are, for a replica that nobody asked."""
+    return acting(session.owner) if session.asker is None else asking(session.org_id, session.asker)
 
 
 _ANSWER_FIELDS: Final = frozenset({"content", "is_error", "result", "deny_message"})

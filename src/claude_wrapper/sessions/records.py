@@ -15,12 +15,13 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from claude_wrapper.errors import NotFound
+from claude_wrapper.errors import LeaseLost, NotFound
 from claude_wrapper.sessions.eventlog import rfc3339
 from claude_wrapper.sessions.spec import Message, Owner
-from claude_wrapper.storage.dialects import for_update, upsert
+from claude_wrapper.storage.dialects import for_update, now_ms, upsert
 from claude_wrapper.storage.pagination import Page, PageRequest, fetch_page
-from claude_wrapper.storage.tables.sessions import session_calls, session_messages, sessions
+from claude_wrapper.storage.tables.replicas import replicas
+from claude_wrapper.storage.tables.sessions import session_calls, session_events, session_messages, sessions
 from claude_wrapper.tenancy.principal import Principal, owned
 from claude_wrapper.wire.managed import Call
 
@@ -28,6 +29,7 @@ IDLE: Final = "idle"
 RUNNING: Final = "running"
 RESCHEDULING: Final = "rescheduling"
 TERMINATED: Final = "terminated"
+_CALLING: Final = ("user.define_outcome", "user.interrupt")
 STATUSES: Final = frozenset({IDLE, RUNNING, RESCHEDULING, TERMINATED})
 
 BY_SESSIONS: Final = "sessions"
@@ -66,6 +68,12 @@ class Session:
     updated_at: datetime
     archived_at: datetime | None
     version: int
+    holder: str | None
+    """The replica that holds it (which may be dead)."""
+    fence: int
+    turn: Mapping[str, Any] | None
+    """The turn that runs, or ran when its server died: `{start, durable}`."""
+    asker: Mapping[str, Any] | None
 
     @property
     def owner(self) -> Owner:
@@ -146,6 +154,47 @@ async def get_session(tx: AsyncConnection, principal: Principal, session: str, *
     if row is None:
         raise NotFound(f"there is no session {session[:128]!r}")
     return _session(row)
+
+
+async def get_held(tx: AsyncConnection, principal: Principal, session: str, fence: int) -> Session:
+    """The session, locked, for a write by its holder. Raises LeaseLost once another replica holds it, and NotFound."""
+    found = await get_session(tx, principal, session, lock=True)
+    if found.fence != fence:
+        raise LeaseLost(f"session {session} was taken over by another replica")
+    return found
+
+
+async def guard(tx: AsyncConnection, principal: Principal, session: str, fence: int) -> None:
+    """`get_held` for writes that need nothing of the row; whatever holds its own data of a session can be given it."""
+    query = sa.select(sessions.c.fence).where(owned(principal, sessions), sessions.c.id == session)
+    found = (await tx.execute(for_update(tx.dialect.name, query))).scalar()
+    if found is None:
+        raise NotFound(f"there is no session {session}")
+    if found != fence:
+        raise LeaseLost(f"session {session} was taken over by another replica")
+
+
+# tenant-scope: the server's own upkeep, for all organisations
+async def unattended(tx: AsyncConnection, replica: str, limit: int) -> list[Session]:
+    """Sessions with something to do that `replica` holds, that nobody holds, or whose holder is dead."""
+    living = sa.select(replicas.c.id).where(replicas.c.expires_at > now_ms())
+    waiting = (
+        sa.select(session_events.c.session_id)
+        .where(session_events.c.processed_at.is_(None), session_events.c.type.in_(["user.message", *_CALLING]))
+        .distinct()
+    )
+    free = sa.or_(sessions.c.holder.is_(None), sessions.c.holder == replica, sessions.c.holder.not_in(living))
+    query = sa.select(sessions).where(
+        free, sessions.c.archived_at.is_(None), sa.or_(sessions.c.status == RUNNING, sessions.c.id.in_(waiting))
+    )
+    return [_session(row) for row in (await tx.execute(query.order_by(sessions.c.updated_at).limit(limit))).all()]
+
+
+# tenant-scope: the server's own: a session that another replica named
+async def any_session(tx: AsyncConnection, session: str) -> Session | None:
+    """The session, whosever it is; None if it was deleted."""
+    row = (await tx.execute(sa.select(sessions).where(sessions.c.id == session))).first()
+    return None if row is None else _session(row)
 
 
 async def find_named(tx: AsyncConnection, principal: Principal, actor: str, name: str) -> Session | None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 import structlog
 
 from claude_wrapper.broker.calls import Credential, CredentialKind
-from claude_wrapper.errors import Conflict, NotFound, WrapperError
+from claude_wrapper.errors import Conflict, HeldElsewhere, LeaseLost, NotFound, WrapperError
 from claude_wrapper.sessions import records
 from claude_wrapper.sessions.agentspec import ASK, DENY, Setup
 from claude_wrapper.sessions.conversation import Conversation
@@ -27,26 +27,13 @@ from claude_wrapper.sessions.leg import Leg
 from claude_wrapper.sessions.records import CallRow, Session
 from claude_wrapper.sessions.spec import Message, OnDisconnect, TurnInput
 from claude_wrapper.sessions.transcript import client_view, next_turn, resumption
-from claude_wrapper.storage.state import Subscription
-from claude_wrapper.storage.state.heartbeat import HeldLease, holding
 from claude_wrapper.tenancy.principal import Principal
 from claude_wrapper.wire.managed import END_TURN, EXHAUSTED, error_event
 
 log = structlog.get_logger(__name__)
 
-LEASE_SECONDS: Final = 30.0
 INTERRUPTS: Final = ("user.interrupt",)
 _RAN: Final = "This call ran before the session was moved to another process. Its result was:\n"
-
-
-def lease_name(session: str) -> str:
-    """Who runs a session holds this lease."""
-    return f"session/{session}"
-
-
-def wake_channel(session: str) -> str:
-    """Tells the replica that runs a session to look into its log."""
-    return f"session/{session}/wake"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +44,21 @@ class RunnerSettings:
     """Longest turn; None: what the organisation's security level says."""
     parked_seconds: float
     """How long a process waits for the client; after that it is given up, and the answer starts another."""
-    replica: str
-    """This process's name among the replicas."""
 
 
 class Host(Protocol):
     """What a runner asks of the sessions that it belongs to."""
 
     async def open(self, session: Session) -> tuple[Conversation, SessionJournal]:
-        """The session's conversation, restored if it must be."""
+        """The session's conversation, taken and restored if it must be. Raises HeldElsewhere."""
+        ...
+
+    def holds(self, session: str) -> bool:
+        """Whether this replica holds the session."""
+        ...
+
+    async def take_back(self, session: Session, journal: SessionJournal) -> None:
+        """Forget a turn of the Messages door whose server died."""
         ...
 
     async def credential(self, principal: Principal) -> Credential:
@@ -83,6 +76,8 @@ class Runner:
     def __init__(self, books: Books, host: Host, settings: RunnerSettings, session: str, principal: Principal) -> None:
         """`principal` is who asked: the turns are theirs, and so is the upstream credential."""
         self.principal = principal
+        self.task: asyncio.Task[None] | None = None
+        """What runs it."""
         self._books = books
         self._host = host
         self._settings = settings
@@ -108,34 +103,20 @@ class Runner:
         self._woken.set()
 
     async def run(self) -> None:
-        """Work until there is nothing to do; returns at once when another replica runs the session."""
-        state = self._books.state
-        while True:
-            async with holding(
-                state, self._books.clock, lease_name(self._session), self._settings.replica, ttl=LEASE_SECONDS
-            ) as held:
-                if held is None:
-                    await state.publish(wake_channel(self._session), b"")
-                    return
-                async with state.subscribe(wake_channel(self._session)) as calls, _following(calls, self.wake):
-                    await self._work(held)
-            # Something may have been written while the lease was being given back, when its writer saw it held.
-            if held.lost.is_set() or self._closing or not await self._pending():
-                return
-
-    async def _pending(self) -> bool:
-        async with self._books.db.read() as tx:
-            return bool(await self._books.log.queued(tx, self.principal, self._session, (*TURN_EVENTS, *INTERRUPTS)))
-
-    async def _work(self, held: HeldLease) -> None:
-        while not held.lost.is_set() and not self._closing:
+        """Work until there is nothing to do. Raises HeldElsewhere when another replica holds the session."""
+        while not self._closing:
             self._woken.clear()
-            if not await self._step(held) and not self._woken.is_set():
-                return
+            try:
+                if not await self._step() and not self._woken.is_set():
+                    return
+            except HeldElsewhere:
+                raise
+            except LeaseLost:
+                log.info("session.moved", session=self._session)  # whoever took it goes on
 
     # One step ---------------------------------------------------------------------------------------------------------
 
-    async def _step(self, held: HeldLease) -> bool:
+    async def _step(self) -> bool:
         """Do the next thing; False when there is none."""
         books, principal = self._books, self.principal
         try:
@@ -148,7 +129,10 @@ class Runner:
             return False
         if session.ended:
             return False
+        before = self._host.holds(self._session)
         conversation, journal = await self._host.open(session)
+        if not before:
+            return True  # what was read before the session was taken may be out of date
         if conversation.awaiting_tools and not session.awaited:
             await self._answer_parked(conversation, calls)
             return False
@@ -161,14 +145,14 @@ class Runner:
             return True
         if session.awaited:
             return False
-        if session.status == records.RUNNING and await self._resume(session, journal, conversation, held, calls):
+        if session.status == records.RUNNING and await self._resume(session, journal, conversation, calls):
             return True
         queue = [one for one in queue if one.type in TURN_EVENTS or queue[0].type in TURN_EVENTS]
         if not queue:
             if session.status == records.RUNNING:
                 await self._lost(journal)
             return False
-        await self._next(session, journal, conversation, held, queue)
+        await self._next(session, journal, conversation, queue)
         return True
 
     async def _next(
@@ -176,7 +160,6 @@ class Runner:
         session: Session,
         journal: SessionJournal,
         conversation: Conversation,
-        held: HeldLease,
         queue: Sequence[Stored],
     ) -> None:
         """Answer the first message of the queue, with the system message that came with it."""
@@ -188,14 +171,13 @@ class Runner:
         content = [block for one in taken for block in _content_of(one.json())]
         asked = next_turn(messages, content)
         journal.taking = taken
-        await self._turn(session, journal, conversation, held, content=asked.content, past=asked.history)
+        await self._turn(session, journal, conversation, content=asked.content, past=asked.history)
 
     async def _resume(
         self,
         session: Session,
         journal: SessionJournal,
         conversation: Conversation,
-        held: HeldLease,
         calls: Sequence[CallRow],
     ) -> bool:
         """Go on with a turn whose process is gone and whose calls are answered; False when there is none."""
@@ -209,6 +191,7 @@ class Runner:
         if any("cancelled" in (call.answer or {}) for call in ours) or not any(call.kind != "tool" for call in ours):
             return False
         async with self._books.db.transaction() as tx:
+            await records.guard(tx, self.principal, self._session, journal.fence)
             await records.cut_messages(tx, self.principal, self._session, found.position + 1)
         self._ran = {
             call.tool_use_id: call.answer["output"] for call in ours if call.answer and "output" in call.answer
@@ -219,7 +202,6 @@ class Runner:
             session,
             journal,
             conversation,
-            held,
             content=found.content,
             past=found.history,
             replay=found.replayed,
@@ -231,7 +213,6 @@ class Runner:
         session: Session,
         journal: SessionJournal,
         conversation: Conversation,
-        held: HeldLease,
         *,
         content: str | list[dict[str, Any]],
         past: Sequence[Message],
@@ -265,7 +246,7 @@ class Runner:
             replay=replay,
         )
         leg = conversation.submit(turn_input)
-        attending = asyncio.get_running_loop().create_task(self._attend(conversation, journal, leg, held, seconds))
+        attending = asyncio.get_running_loop().create_task(self._attend(conversation, journal, leg, seconds))
         try:
             with contextlib.suppress(WrapperError):  # the journal has written what went wrong
                 async for _ in leg.items():
@@ -280,9 +261,7 @@ class Runner:
 
     # While a turn runs ------------------------------------------------------------------------------------------------
 
-    async def _attend(
-        self, conversation: Conversation, journal: SessionJournal, leg: Leg, held: HeldLease, seconds: float
-    ) -> None:
+    async def _attend(self, conversation: Conversation, journal: SessionJournal, leg: Leg, seconds: float) -> None:
         """Hand over what the client sends during the turn; give the process up when it waits too long."""
         waiting = False
         self._woken.set()
@@ -297,7 +276,7 @@ class Runner:
                 waiting = False
                 continue
             self._woken.clear()
-            if held.lost.is_set() or (self._closing and waiting):
+            if self._closing and waiting:
                 await conversation.suspend()
             async with self._books.db.read() as tx:
                 session = await records.get_session(tx, self.principal, self._session)
@@ -364,6 +343,7 @@ class Runner:
         self, conversation: Conversation, journal: SessionJournal, interrupts: Sequence[Stored]
     ) -> None:
         async with self._books.db.transaction() as tx:
+            await records.guard(tx, self.principal, self._session, journal.fence)
             await self._books.log.processed(tx, self.principal, self._session, interrupts)
         journal.interrupted = True
         with contextlib.suppress(WrapperError):
@@ -374,11 +354,12 @@ class Runner:
         books = self._books
         stored: list[Stored] = []
         async with books.db.transaction() as tx:
+            await records.guard(tx, self.principal, self._session, journal.fence)
             await books.log.processed(tx, self.principal, self._session, interrupts)
             if session.awaited:
                 await records.cancel_calls(tx, self.principal, self._session, books.clock.now())
                 await records.change_session(
-                    tx, self.principal, self._session, status=records.IDLE, stop_reason=dict(END_TURN)
+                    tx, self.principal, self._session, status=records.IDLE, stop_reason=dict(END_TURN), turn=None
                 )
                 stored = await books.log.write(tx, self.principal, self._session, journal.idle_events(END_TURN))
         await books.log.publish(self._session, stored)
@@ -408,6 +389,7 @@ class Runner:
         """The turn cannot be run at all: its message is answered with the error."""
         books = self._books
         async with books.db.transaction() as tx:
+            await records.guard(tx, self.principal, self._session, journal.fence)
             await books.log.processed(tx, self.principal, self._session, journal.taking)
         journal.taking = ()
         await self._close(journal, error_event("unknown_error", error.message))
@@ -418,9 +400,9 @@ class Runner:
         async with books.db.transaction() as tx:
             await records.cancel_calls(tx, self.principal, self._session, books.clock.now())
             await records.change_session(
-                tx, self.principal, self._session, status=records.IDLE, stop_reason=dict(EXHAUSTED)
+                tx, self.principal, self._session, status=records.IDLE, stop_reason=dict(EXHAUSTED), turn=None
             )
-            stored = await books.log.write(tx, self.principal, self._session, events)
+            stored = await books.log.write(tx, self.principal, self._session, events, fence=journal.fence)
         await books.log.publish(self._session, stored)
 
 
@@ -439,17 +421,3 @@ def _content_of(event: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _text_of(output: Mapping[str, Any]) -> str:
     return "\n".join(str(block.get("text", block)) for block in output.get("content", ()))
-
-
-@contextlib.asynccontextmanager
-async def _following(calls: Subscription, wake: Callable[[], None]) -> AsyncIterator[None]:
-    async def follow() -> None:
-        async for _ in calls:
-            wake()
-
-    task = asyncio.get_running_loop().create_task(follow())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait({task})

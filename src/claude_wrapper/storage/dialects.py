@@ -14,6 +14,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.url import URL, make_url
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import TypeDecorator
 
 from claude_wrapper.errors import ConfigurationError
@@ -103,6 +105,23 @@ def upsert(dialect: str, table: sa.Table, unique: Sequence[str], changes: dict[s
 def for_update(dialect: str, statement: sa.Select[Any], *, skip_locked: bool = False) -> sa.Select[Any]:
     """Lock the rows that are read. SQLite's write transaction already excludes every other writer."""
     return statement.with_for_update(skip_locked=skip_locked) if dialect == POSTGRES else statement
+
+
+class now_ms(GenericFunction[int]):  # noqa: N801 (named as SQL functions are)
+    """Milliseconds since 1970 by the database's own clock, at the moment of the statement."""
+
+    type = sa.BigInteger()
+    inherit_cache = True
+
+
+@compiles(now_ms, SQLITE)
+def _now_ms_sqlite(element: now_ms, compiler: Any, **kw: Any) -> str:
+    return "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
+
+
+@compiles(now_ms, POSTGRES)
+def _now_ms_postgres(element: now_ms, compiler: Any, **kw: Any) -> str:
+    return "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)"
 
 
 def _driver_error(error: sa.exc.DBAPIError) -> BaseException:

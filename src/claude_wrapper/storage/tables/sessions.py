@@ -29,6 +29,10 @@ def _session_key(*, primary_key: bool) -> sa.Column[str]:
     )
 
 
+_RUNNING = sa.text("status = 'running'")
+_HELD = sa.text("holder IS NOT NULL")
+_QUEUED = sa.text("processed_at IS NULL")
+
 sessions = sa.Table(
     "sessions",
     metadata,
@@ -60,9 +64,16 @@ sessions = sa.Table(
     time_column("updated_at"),
     time_column("archived_at", nullable=True),
     version_column(),
+    sa.Column("holder", sa.String(ID_LENGTH), nullable=True),  # the replica that alone may write for its agent
+    sa.Column("fence", sa.BigInteger, nullable=False, server_default=sa.text("0")),  # grows with each change of holder
+    json_column("turn"),  # the turn that runs: {start: position in the transcript, durable: bool}; null between turns
+    json_column("asker"),  # whose turns these are, as it was when they asked (sessions.askers)
     sa.UniqueConstraint("org_id", "actor_id", "name"),
     sa.Index("ix_sessions_org_id_created_at_id", "org_id", "created_at", "id"),
     sa.Index("ix_sessions_org_id_agent_id", "org_id", "agent_id"),
+    # Small: what runs, what is held, what waits. Each replica looks for sessions whose holder has gone.
+    sa.Index("ix_sessions_running", "id", sqlite_where=_RUNNING, postgresql_where=_RUNNING),
+    sa.Index("ix_sessions_holder", "holder", sqlite_where=_HELD, postgresql_where=_HELD),
 )
 
 session_events = sa.Table(
@@ -79,6 +90,7 @@ session_events = sa.Table(
     time_column("processed_at", nullable=True),  # null: a client's event that still waits
     sa.UniqueConstraint("session_id", "id"),
     sa.Index("ix_session_events_session_id_type_seq", "session_id", "type", "seq"),
+    sa.Index("ix_session_events_queued", "session_id", sqlite_where=_QUEUED, postgresql_where=_QUEUED),
 )
 
 session_calls = sa.Table(
