@@ -141,6 +141,12 @@ class Settings:
     upstream_attempts: int = setting(
         3, "Attempts per upstream call, the first one included; only before the first byte.", kind="int", minimum=1
     )
+    upstream_retry_share: float = setting(
+        0.2,
+        "Retries as a share of calls, in the long run, for each credential and for all credentials of one upstream together.",
+        kind="float",
+        minimum=0,
+    )
     breaker_failures: int = setting(
         5, "Consecutive failures that open the circuit breaker of an upstream and credential.", kind="int", minimum=1
     )

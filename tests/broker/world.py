@@ -78,6 +78,7 @@ class Noted(Observer):
         self.faults: list[tuple[str, BaseException]] = []
         self.retries: list[tuple[int, int, float]] = []
         self.breakers: list[str] = []
+        self.spent: list[int] = []
         self.egressed: list[tuple[str, int, bool, str]] = []
         self.calls: list[UpstreamCall] = []
 
@@ -86,6 +87,9 @@ class Noted(Observer):
 
     def retrying(self, binding: Binding, attempt: int, status: int, delay: float) -> None:
         self.retries.append((attempt, status, delay))
+
+    def retries_spent(self, binding: Binding, status: int) -> None:
+        self.spent.append(status)
 
     def breaker(self, upstream: str, credential_id: str, state: str) -> None:
         self.breakers.append(str(state))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from claude_wrapper.broker.calls import Credential, CredentialKind
+from claude_wrapper.broker.fallback import standby_of
 from claude_wrapper.errors import CredentialMissing, PermissionDenied
+from claude_wrapper.tenancy.policies import Policies
+from claude_wrapper.tenancy.policybook import PolicyBook
 from claude_wrapper.tenancy.principal import ActorKind, Principal
 from claude_wrapper.tenancy.scopes import Role, scopes_of
 from claude_wrapper.vault.kinds import CredentialKind as VaultKind
@@ -26,6 +30,7 @@ class UpstreamCredentials:
     resolver: Resolver
     upstream_url: str
     allow_oauth: bool
+    policies: PolicyBook
 
     async def choose(self, principal: Principal, oauth: OAuthCredentials | None) -> Credential:
         """Raises PermissionDenied for OAuth tokens that are not allowed, CredentialMissing when there is none."""
@@ -38,7 +43,11 @@ class UpstreamCredentials:
                 secret=oauth.access_token,
                 base_url=self.upstream_url,
             )
-        return presented(await self.resolver.lease(principal))
+        policies = await self.policies.of(principal)
+        if not policies.fallback_credentials:
+            return _with(policies, presented(await self.resolver.lease(principal)))
+        first, *others = await self.resolver.lease_all(principal)
+        return _with(policies, presented(first), [presented(one) for one in others if _signed(one)])
 
     def owner_of(self, oauth: OAuthCredentials) -> Principal:
         """The caller whom these tokens identify: a hash of the token, as in the original system."""
@@ -56,9 +65,19 @@ class UpstreamCredentials:
         )
 
 
+def _with(policies: Policies, credential: Credential, others: Sequence[Credential] = ()) -> Credential:
+    """A credential with what may stand in for it."""
+    standby = standby_of(policies.fallback_models, others)
+    return credential if standby is None else replace(credential, standby=standby)
+
+
+def _signed(leased: Leased) -> bool:
+    return leased.kind not in (VaultKind.BEDROCK, VaultKind.VERTEX)
+
+
 def presented(leased: Leased) -> Credential:
     """How a leased credential is shown upstream. Raises CredentialMissing for a provider that cannot be signed for."""
-    if leased.kind in (VaultKind.BEDROCK, VaultKind.VERTEX):
+    if not _signed(leased):
         raise CredentialMissing(
             f"the stored credential {leased.id} is for {leased.kind}, whose requests this server cannot sign yet; "
             "store an API key or a Messages-compatible base URL"

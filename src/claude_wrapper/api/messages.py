@@ -34,14 +34,13 @@ async def create_message(request: Request) -> Response:
     if parsed.max_tokens is None and parsed.oauth_credentials is None:
         raise InvalidRequest("is required", field="max_tokens")
     leg, started = await _submit(request, deps, parsed, await _translate(request, deps, parsed))
-    headers = _headers(started)
     if not parsed.stream:
         message = await _unless_gone(request, leg, leg.message())
-        return Response(msgspec.json.encode(message), media_type="application/json", headers=headers)
+        return Response(msgspec.json.encode(message), media_type="application/json", headers=_headers(leg, started))
     frames = _merged(leg, errors.request_id_of(request))
     # An error before the first byte is an HTTP status, not an event.
     first = await _unless_gone(request, leg, anext(frames, b""))
-    return sse.EventStream(_after(first, frames), headers=headers)
+    return sse.EventStream(_after(first, frames), headers=_headers(leg, started))
 
 
 async def create_message_pooled(request: Request) -> Response:
@@ -53,7 +52,7 @@ async def create_message_pooled(request: Request) -> Response:
     leg, started = await _submit(request, deps, parsed, translated)
     frames = _raw(leg, errors.request_id_of(request))
     first = await _unless_gone(request, leg, anext(frames, b""))
-    return sse.EventStream(_after(first, frames), headers=_headers(started))
+    return sse.EventStream(_after(first, frames), headers=_headers(leg, started))
 
 
 async def _translate(request: Request, deps: Deps, parsed: MessagesRequest) -> Translated:
@@ -211,8 +210,9 @@ def with_roles(body: bytes) -> bytes:
     return msgspec.json.encode(content)
 
 
-def _headers(started: Started) -> dict[str, str]:
+def _headers(leg: Leg, started: Started) -> dict[str, str]:
     return {
+        **leg.notes,
         "cw-session-id": started.session,
         "cw-turn-id": started.turn,
         "cw-process": started.kind,

@@ -237,7 +237,9 @@ async def running_server(
             forget_held_after_seconds=settings.held_session_seconds,
         )
         keeper.conversations = conversations
-        credentials = UpstreamCredentials(tenants.resolver, settings.upstream_url, allow_oauth=settings.allow_oauth)
+        credentials = UpstreamCredentials(
+            tenants.resolver, settings.upstream_url, allow_oauth=settings.allow_oauth, policies=tenants.policies
+        )
         own = await stack.enter_async_context(
             running_replica(settings, name, tenants.database, clock, listening=address)
         )
@@ -454,6 +456,7 @@ def _broker_settings(settings: Settings) -> BrokerSettings:
         connect_seconds=settings.upstream_connect_seconds,
         read_seconds=settings.upstream_read_seconds,
         retry_attempts=settings.upstream_attempts,
+        retry_budget_ratio=settings.upstream_retry_share,
         breaker_failures=settings.breaker_failures,
         breaker_seconds=settings.breaker_seconds,
         max_body_bytes=settings.max_body_bytes + 2 * 2**20,

@@ -289,6 +289,7 @@ class Calls(Observer):
             turn=call.turn,
             call=call.id,
             model=call.model,
+            asked_model=call.asked_model,
             status=call.status,
             error=call.error_type,
             attempts=call.attempts,
@@ -322,6 +323,22 @@ class Calls(Observer):
         del attempt, delay
         self._metrics.upstream_retries.inc(reason=_RETRY_REASONS.get(status, "server_error"))
         log.info("upstream.retried", org=binding.org, session=binding.session, status=status)
+
+    def fell_back(self, binding: Binding, kind: str, status: int, asked: str, instead: str) -> None:
+        self._metrics.upstream_fallbacks.inc(kind=kind)
+        log.warning(
+            "upstream.fell_back",
+            org=binding.org,
+            session=binding.session,
+            kind=kind,
+            status=status,
+            asked=asked,
+            instead=instead,
+        )
+
+    def retries_spent(self, binding: Binding, status: int) -> None:
+        self._metrics.retries_refused.inc()
+        log.warning("upstream.no_retries_left", org=binding.org, session=binding.session, status=status)
 
     def breaker(self, upstream: str, credential_id: str, state: str) -> None:
         provider = provider_of(upstream)

@@ -102,6 +102,11 @@ def rewrite(body: Body, turn: TurnContext | None, kind: CredentialKind, *, repea
     return Rewritten(_merge(body, changes), main)
 
 
+def with_model(body: bytes, model: str) -> bytes:
+    """A body that was read and rewritten before, for another model."""
+    return msgspec.json.encode({**_FIELDS.decode(body), "model": model})
+
+
 def _typed(fields: Mapping[str, msgspec.Raw], name: str, kind: type[Any], default: Any) -> Any:
     raw = fields.get(name)
     if raw is None:

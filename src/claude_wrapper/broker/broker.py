@@ -131,8 +131,11 @@ class Broker:
         return McpBridge(self._means.mcp, server)
 
     def refuse_while_shut(self, credential: Credential) -> None:
-        """Raise UpstreamUnavailable while the breaker of this upstream and credential is open: before work is begun."""
-        seconds = self._means.lines.shut(credential)
+        """Raise UpstreamUnavailable while the breaker of this upstream and credential is open: before work is begun.
+
+        Not where something may stand in for them: who can be asked then is decided per request.
+        """
+        seconds = self._means.lines.shut(credential) if credential.standby is None else None
         if seconds is not None:
             raise UpstreamUnavailable(
                 "the model API has failed several times in a row for this credential; it is not asked until it has had a rest",

@@ -16,6 +16,9 @@ DONE_BY_CLIENT = 499
 """Status of a call that the process, or the turn's end, cut before it was answered."""
 
 
+ANY_MODEL = "*"
+
+
 class CredentialKind(enum.StrEnum):
     """How a credential is presented upstream."""
 
@@ -36,6 +39,21 @@ class Credential:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Further headers for this upstream; they replace those of the process."""
     provider: str = "anthropic"
+    standby: Standby | None = field(default=None, repr=False)
+    """What the organisation lets stand in for it; None: nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standby:
+    """What may be asked instead of a credential, or of the model that was asked for, before the first byte."""
+
+    models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """In order, by the model that was asked for; `*`: for every other one."""
+    credentials: tuple[Credential, ...] = field(default=(), repr=False)
+
+    def models_after(self, model: str) -> tuple[str, ...]:
+        """What may be asked instead of `model`."""
+        return self.models.get(model, self.models.get(ANY_MODEL, ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +82,8 @@ class TurnContext:
     """Fields merged into the main request's body (`max_tokens`, `temperature`, …); None removes a field."""
     trace: Mapping[str, str] = field(default_factory=dict)
     """Trace headers (`traceparent`, `tracestate`) for the upstream request."""
+    notes: dict[str, str] = field(default_factory=dict, compare=False)
+    """Written by the broker, told to the caller as response headers: what was not done as it was asked."""
     placeholder: bool = False
     """Whether the process was primed with the placeholder: then only a request that carries it is the main one."""
 
@@ -98,6 +118,8 @@ class UpstreamCall:
     """Whether the answer arrived whole; for a stream: up to `message_stop`."""
     main: bool
     """Whether this was (a step of) the turn's own request, not a side request of the CLI."""
+    asked_model: str | None = None
+    """The model that the caller named, where another one answered; `model` is who answered."""
     cache_hit: bool = False
     retry_after: float | None = None
     """Seconds that the upstream, the gate or the breaker asked to wait."""
@@ -146,6 +168,12 @@ class Observer:
 
     def retrying(self, binding: Binding, attempt: int, status: int, delay: float) -> None:
         """Attempt number `attempt` failed with `status`; the next begins in `delay` seconds."""
+
+    def fell_back(self, binding: Binding, kind: str, status: int, asked: str, instead: str) -> None:
+        """`asked` (a model or the id of a credential, by `kind`) failed with `status`; `instead` is asked now."""
+
+    def retries_spent(self, binding: Binding, status: int) -> None:
+        """An attempt that failed with `status` was not repeated: the credential or the upstream has no retries left."""
 
     def breaker(self, upstream: str, credential_id: str, state: str) -> None:
         """A breaker changed its state to closed, open or half_open."""

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from claude_wrapper import errors, ids
-from claude_wrapper.broker import inject, retry
+from claude_wrapper.broker import bodies, fallback, inject, retry
 from claude_wrapper.broker.attempt import Opened, Rejected, attempt, request_id
 from claude_wrapper.broker.breaker import Verdict, verdict
 from claude_wrapper.broker.calls import DONE_BY_CLIENT, STREAM_CUT, Binding, Reservation, TurnContext, UpstreamCall
+from claude_wrapper.broker.fallback import Candidate, Fault
 from claude_wrapper.broker.http1 import Reply
 from claude_wrapper.broker.inject import Headers
 from claude_wrapper.broker.means import Means
@@ -63,6 +64,9 @@ class Exchange:
         self._meter = Meter(streamed=True, max_json_bytes=0)
         self._task: asyncio.Task[None] | None = None
         self._finished = asyncio.Event()
+        self._reservation: Reservation | None = None
+        self._asked = Candidate(order.model, order.binding.credential)
+        self._secrets = [order.binding.credential.secret]
         # What is known so far:
         self._status = DONE_BY_CLIENT
         self._error: tuple[str, str] | None = ("cancelled", "The call was cut before it was answered.")
@@ -100,9 +104,8 @@ class Exchange:
     async def run(self, reply: Reply) -> None:
         """Make the call and stream its answer. Raises `Refused` if nothing was sent to the process."""
         self._task = asyncio.current_task()
-        reservation: Reservation | None = None
         try:
-            reservation = await self._reserve()
+            self._reservation = await self._reserve(self._order.model)
             await self._converse(reply)
         except Refused as refused:
             self._refused(refused.refusal)
@@ -115,16 +118,16 @@ class Exchange:
             self.call = self._summary()
             self._ended(self, self.call)
             self._order = replace(self._order, body=None, headers=[])  # the turn keeps us, not what was sent
-            self._means.loose_ends.start(self._finish(self.call, reservation))
+            self._means.loose_ends.start(self._finish(self.call, self._reservation))
 
     # The gate ------------------------------------------------------------------------------------------------------
 
-    async def _reserve(self) -> Reservation | None:
+    async def _reserve(self, model: str) -> Reservation | None:
         """Ask the gate in a task of its own: a reservation that is made while we are cancelled must not get lost."""
         order, means = self._order, self._means
         if order.route.kind is Kind.MODELS:
             return None
-        asking = asyncio.ensure_future(means.gate.reserve(order.binding, order.turn, order.model, order.estimate))
+        asking = asyncio.ensure_future(means.gate.reserve(order.binding, order.turn, model, order.estimate))
         try:
             return await asyncio.shield(asking)
         except errors.WrapperError as error:
@@ -156,12 +159,31 @@ class Exchange:
             outcome.answer.close()
 
     async def _attempt_until_answered(self) -> Opened | Rejected:
-        means, credential = self._means, self._order.binding.credential
-        line = means.lines.of(credential)
-        ask = self._ask()
-        line.budget.called()
+        first = outcome = await self._attempts_at(self._asked)
+        standby = self._order.binding.credential.standby
+        if standby is not None and not isinstance(outcome, Opened):
+            trail = [(self._asked, _fault(outcome))]
+            while (one := self._following(trail)) is not None and await self._turn_to(one, outcome):
+                outcome = await self._attempts_at(one)
+                if isinstance(outcome, Opened):
+                    self._note_fallback()
+                    return outcome
+                trail.append((one, _fault(outcome)))
+            self._asked = trail[0][0]  # it is the first one's failure that the caller hears of
+        if isinstance(first, Shut):
+            raise _shut(first)
+        return first
+
+    async def _attempts_at(self, asked: Candidate) -> Opened | Rejected | Shut:
+        """Ask one model under one credential until it answers or is given up."""
+        means, order = self._means, self._order
+        line = means.lines.of(asked.credential, "" if asked.model == order.model else asked.model)
+        ask = self._ask(asked)
+        line.called()
         last: Rejected | None = None
+        attempts = 0
         while (permit := line.ask()) is not None:
+            attempts += 1
             self._attempts += 1
             said = Verdict.NONE
             try:
@@ -172,19 +194,74 @@ class Exchange:
             if isinstance(outcome, Opened):
                 return outcome
             last = outcome
-            pause = self._pause(outcome)
-            if pause is None or not line.budget.spend():
+            pause = self._pause(outcome, attempts)
+            if pause is None or self._better_elsewhere(asked, outcome):
                 return outcome
-            means.observer.retrying(self._order.binding, self._attempts, outcome.failure.status, pause)
+            if not line.spend_retry():
+                means.observer.retries_spent(order.binding, outcome.failure.status)
+                return outcome
+            means.observer.retrying(order.binding, self._attempts, outcome.failure.status, pause)
             await means.clock.sleep(pause)
-        return last or self._shut(line.retry_after())
+        return last or Shut(line.retry_after())
 
-    def _ask(self) -> Ask:
-        order = self._order
-        credential, route = order.binding.credential, order.route
+    def _ask(self, asked: Candidate) -> Ask:
+        order, credential = self._order, asked.credential
+        route, body = order.route, order.body
+        if body is not None and asked.model != order.model:
+            body = bodies.with_model(body, asked.model)
         url = credential.base_url.rstrip("/") + route.path + (f"?{route.query}" if route.query else "")
         trace = order.turn.trace if order.turn else None
-        return Ask(order.method, url, inject.upstream_headers(order.headers, credential, trace), order.body)
+        return Ask(order.method, url, inject.upstream_headers(order.headers, credential, trace), body)
+
+    # Who stands in -------------------------------------------------------------------------------------------------
+
+    def _following(self, trail: fallback.Trail) -> Candidate | None:
+        order = self._order
+        standby = order.binding.credential.standby
+        if standby is None:
+            return None
+        return fallback.following(
+            trail,
+            standby,
+            allowed_models=order.binding.allowed_models,
+            other_models=order.route.kind is Kind.MESSAGES,
+        )
+
+    def _better_elsewhere(self, asked: Candidate, rejected: Rejected) -> bool:
+        """Another credential is asked at once: waiting would not make this one better."""
+        if self._order.binding.credential.standby is None or _fault(rejected) is not Fault.CREDENTIAL:
+            return False
+        one = self._following([(asked, Fault.CREDENTIAL)])
+        return one is not None and one.model == asked.model
+
+    async def _turn_to(self, one: Candidate, failed: Rejected | Shut) -> bool:
+        """Get ready to ask somebody else; False: the budget does not allow that model."""
+        before, means = self._asked, self._means
+        if one.model != before.model:
+            held, self._reservation = self._reservation, None
+            if held is not None:
+                means.loose_ends.start(self._bounded("give back a reservation", held.cancel()))
+            try:
+                self._reservation = await self._reserve(one.model)
+            except Refused:
+                return False
+        self._asked = one
+        self._secrets.append(one.credential.secret)
+        status = failed.failure.status if isinstance(failed, Rejected) else 503
+        if one.model != before.model:
+            means.observer.fell_back(self._order.binding, "model", status, before.model, one.model)
+        if one.credential.id != before.credential.id:
+            means.observer.fell_back(self._order.binding, "credential", status, before.credential.id, one.credential.id)
+        return True
+
+    def _note_fallback(self) -> None:
+        order, asked = self._order, self._asked
+        if order.turn is None or not order.main:
+            return
+        if asked.model != order.model:
+            order.turn.notes["cw-fallback-model"] = asked.model
+        if asked.credential.id != order.binding.credential.id:
+            order.turn.notes["cw-fallback-credential"] = asked.credential.id
 
     @staticmethod
     def _verdict(outcome: Opened | Rejected) -> Verdict:
@@ -192,22 +269,12 @@ class Exchange:
             return Verdict.SUCCESS
         return Verdict.NONE if outcome.dropped else verdict(outcome.failure.status)
 
-    def _pause(self, rejected: Rejected) -> float | None:
-        if rejected.dropped and self._attempts == 1:
+    def _pause(self, rejected: Rejected, attempts: int) -> float | None:
+        if rejected.dropped and attempts == 1:
             return 0.0
         means = self._means
         elapsed = means.clock.monotonic() - self._began
-        return retry.delay(rejected.failure, self._attempts, elapsed, means.settings, means.rng)
-
-    def _shut(self, retry_after: float) -> Rejected:
-        raise Refused(
-            Refusal(
-                503,
-                "overloaded_error",
-                "The upstream has failed several times in a row; it is not asked until it has had a rest.",
-                retry_after,
-            )
-        )
+        return retry.delay(rejected.failure, attempts, elapsed, means.settings, means.rng)
 
     # The answer ----------------------------------------------------------------------------------------------------
 
@@ -216,14 +283,15 @@ class Exchange:
         self._error = (rejected.type, rejected.message)
         self._request_id = rejected.request_id
         self._retry_after = rejected.failure.retry_after
-        secret = self._order.binding.credential.secret
         headers = [
             pair
-            for pair in inject.downstream_headers(rejected.headers, (secret,))
+            for pair in inject.downstream_headers(rejected.headers, self._secrets)
             if pair[0].lower() not in {"content-type", "content-encoding", "x-should-retry"}
         ]
         headers += [("content-type", "application/json"), ("x-should-retry", "false")]
-        body = rejected.body.replace(secret.encode(), b"[credential]") if secret else rejected.body
+        body = rejected.body
+        for secret in filter(None, self._secrets):
+            body = body.replace(secret.encode(), b"[credential]")
         reply.whole(self._status, headers, body)
 
     async def _stream(self, opened: Opened, reply: Reply) -> None:
@@ -232,11 +300,10 @@ class Exchange:
         self._request_id = request_id(answer)
         if not answer.is_stream:
             meter = self._meter = Meter(streamed=False, max_json_bytes=self._means.settings.max_body_bytes)
-        secrets = (self._order.binding.credential.secret,)
         length = answer.headers.get("content-length")
         reply.start(
             answer.status,
-            inject.downstream_headers(answer.header_pairs(), secrets),
+            inject.downstream_headers(answer.header_pairs(), self._secrets),
             length=int(length) if length is not None and length.isdigit() else None,
         )
         self._note_first_byte()
@@ -310,9 +377,10 @@ class Exchange:
             workspace=binding.workspace,
             key_id=binding.key_id,
             user=binding.user,
-            credential_id=binding.credential.id,
+            credential_id=self._asked.credential.id,
             path=order.route.path,
-            model=order.model,
+            model=self._asked.model,
+            asked_model=order.model if self._asked.model != order.model else None,
             status=self._status,
             error_type=error[0] if error else None,
             error_message=error[1] if error else None,
@@ -327,7 +395,29 @@ class Exchange:
             retry_after=self._retry_after,
             stop_reason=meter.stop_reason,
         )
-        secret = binding.credential.secret
-        if secret and call.error_message and secret in call.error_message:
-            return replace(call, error_message=call.error_message.replace(secret, "[credential]"))
+        for secret in filter(None, self._secrets):
+            if call.error_message and secret in call.error_message:
+                call = replace(call, error_message=call.error_message.replace(secret, "[credential]"))
         return call
+
+
+@dataclass(frozen=True, slots=True)
+class Shut:
+    """The breaker let nothing through."""
+
+    retry_after: float
+
+
+def _fault(failed: Rejected | Shut) -> Fault:
+    return Fault.MODEL if isinstance(failed, Shut) else fallback.fault_of(failed.failure.status)
+
+
+def _shut(shut: Shut) -> Refused:
+    return Refused(
+        Refusal(
+            503,
+            "overloaded_error",
+            "The upstream has failed several times in a row; it is not asked until it has had a rest.",
+            shut.retry_after,
+        )
+    )

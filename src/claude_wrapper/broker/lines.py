@@ -1,4 +1,9 @@
-"""The line to one upstream under one credential: its breaker and its retry budget, kept while it is in use."""
+"""The line to one upstream under one credential: its breaker and its retry budgets, kept while it is in use.
+
+A model that is asked in place of another has a line of its own: the breaker that opened for the one must not shut out
+the other. Retries are bounded twice: a credential that is at its own limit (429) cannot use up what all credentials of
+the upstream share, and all of them together cannot multiply an outage of the upstream.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +21,19 @@ MAX_LINES = 10_000
 class Line:
     """What is known about one upstream under one credential."""
 
-    def __init__(self, credential: Credential, settings: BrokerSettings, clock: Clock, observer: Observer) -> None:
+    def __init__(
+        self,
+        credential: Credential,
+        settings: BrokerSettings,
+        clock: Clock,
+        observer: Observer,
+        shared: RetryBudget,
+    ) -> None:
+        """`shared` is the retry budget of all lines to this upstream."""
         self.upstream = credential.base_url
         self.credential_id = credential.id
-        self.budget = RetryBudget(settings.retry_budget_ratio, settings.retry_budget_reserve)
+        self._budget = RetryBudget(settings.retry_budget_ratio, settings.retry_budget_reserve)
+        self._shared = shared
         self._breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
         self._clock = clock
         self._observer = observer
@@ -36,6 +50,15 @@ class Line:
         before = self._breaker.state
         self._breaker.report(permit, verdict, self._clock.monotonic())
         self._tell(before)
+
+    def called(self) -> None:
+        """A call begins."""
+        self._budget.called()
+        self._shared.called()
+
+    def spend_retry(self) -> bool:
+        """Take one retry; False: this credential or its upstream has none left."""
+        return not self._shared.empty and self._budget.spend() and self._shared.spend()
 
     def retry_after(self) -> float:
         """Seconds until the breaker lets a probe through."""
@@ -66,14 +89,16 @@ class Lines:
         self._settings = settings
         self._clock = clock
         self._observer = observer
-        self._lines: OrderedDict[tuple[str, str], Line] = OrderedDict()
+        self._lines: OrderedDict[tuple[str, str, str], Line] = OrderedDict()
+        self._budgets: OrderedDict[str, RetryBudget] = OrderedDict()
 
-    def of(self, credential: Credential) -> Line:
-        """The line of a credential; made at first use."""
-        key = (credential.base_url, credential.id)
+    def of(self, credential: Credential, instead: str = "") -> Line:
+        """The line of a credential, or of the model `instead` under it; made at first use."""
+        key = (credential.base_url, credential.id, instead)
         line = self._lines.get(key)
         if line is None:
-            line = self._lines[key] = Line(credential, self._settings, self._clock, self._observer)
+            shared = self._budget(credential.base_url)
+            line = self._lines[key] = Line(credential, self._settings, self._clock, self._observer, shared)
             if len(self._lines) > MAX_LINES:
                 self._lines.popitem(last=False)
         else:
@@ -82,8 +107,20 @@ class Lines:
 
     def shut(self, credential: Credential) -> float | None:
         """Seconds until asking makes sense, while the breaker of this credential refuses; None: it may be asked."""
-        line = self._lines.get((credential.base_url, credential.id))
+        line = self._lines.get((credential.base_url, credential.id, ""))
         return line.shut() if line is not None else None
+
+    def _budget(self, upstream: str) -> RetryBudget:
+        budget = self._budgets.get(upstream)
+        if budget is None:
+            settings = self._settings
+            budget = RetryBudget(settings.retry_budget_ratio, settings.upstream_retry_reserve)
+            self._budgets[upstream] = budget
+            if len(self._budgets) > MAX_LINES:
+                self._budgets.popitem(last=False)
+        else:
+            self._budgets.move_to_end(upstream)
+        return budget
 
     def views(self) -> tuple[BreakerView, ...]:
         """The breakers that are not in their initial state."""

@@ -34,7 +34,7 @@ class Failure:
 
 
 class RetryBudget:
-    """Retries that a credential may spend: a reserve, refilled by a share of each call."""
+    """Retries that a credential, or all of one upstream, may spend: a reserve, refilled by a share of each call."""
 
     def __init__(self, ratio: float, reserve: float) -> None:
         self._ratio = ratio
@@ -44,6 +44,11 @@ class RetryBudget:
     def called(self) -> None:
         """A first attempt was made."""
         self._left = min(self._reserve, self._left + self._ratio)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no retry is left."""
+        return self._left < 1
 
     def spend(self) -> bool:
         """Take one retry; False: none is left."""

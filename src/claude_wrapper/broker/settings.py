@@ -49,7 +49,9 @@ class BrokerSettings:
     retry_budget_ratio: float = 0.2
     """Retries per call that a credential may spend in the long run, so that retries cannot multiply an outage."""
     retry_budget_reserve: float = 10.0
-    """Retries that are always available before the ratio bites."""
+    """Retries that a credential always has before the ratio bites."""
+    upstream_retry_reserve: float = 50.0
+    """The same for all credentials of one upstream together, whose retries are the same share of their calls."""
 
     breaker_failures: int = 5
     """Consecutive failures after which the breaker opens."""

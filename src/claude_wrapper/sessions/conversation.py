@@ -143,7 +143,7 @@ class Conversation:
         running.input = turn_input
         running.user_messages.append(Message("user", turn_input.content))
         self.messages = [*turn_input.history, *running.user_messages[-1:]]
-        running.process.endpoint.begin(context_of(running.turn, turn_input))
+        running.process.endpoint.begin(context_of(running.turn, turn_input, leg))
         running.allow_seconds(turn_input.turn_seconds)
         parked, running.parked = running.parked, None
         self._bridge.answer(results)
@@ -260,7 +260,7 @@ class Conversation:
             process = claim.process
             turn = self._rooms.ids.new(TURN)
             process.endpoint.bind(binding_of(self.session, self.owner, turn_input))
-            process.endpoint.begin(replace(context_of(turn, turn_input), trace=self._watch.trace))
+            process.endpoint.begin(replace(context_of(turn, turn_input, leg), trace=self._watch.trace))
             await self._prepare(process, claim.kind, turn_input)
             await process.reach(self.owner.org)
             started = Started(self.session, turn, process.pid, claim.kind.value, claim.waited_seconds)

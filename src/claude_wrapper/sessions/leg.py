@@ -54,6 +54,8 @@ class Leg:
         self.done = asyncio.Event()
         """Set when the conversation is finished with this request."""
         self.error: WrapperError | None = None
+        self.notes: dict[str, str] = {}
+        """Response headers about what was not done as it was asked; complete once the answer has begun."""
         self._items: asyncio.Queue[Item | None] = asyncio.Queue(_ROOM)
         self._room = asyncio.Event()
         self._on_hang_up = on_hang_up

@@ -80,12 +80,13 @@ def binding_of(session: str, owner: Owner, turn_input: TurnInput) -> Binding:
     )
 
 
-def context_of(turn: str, turn_input: TurnInput) -> TurnContext:
-    """What the broker does to the turn's model requests."""
+def context_of(turn: str, turn_input: TurnInput, leg: Leg) -> TurnContext:
+    """What the broker does to the turn's model requests, and where it notes what the leg's caller is told."""
     return TurnContext(
         turn=turn,
         model=turn_input.model,
         system=turn_input.system,
         overrides=turn_input.overrides,
+        notes=leg.notes,
         placeholder=turn_input.spec.profile == CHAT,
     )

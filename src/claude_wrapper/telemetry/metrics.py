@@ -44,6 +44,7 @@ TURN_OUTCOMES: Final = ("completed", "failed", "interrupted", "abandoned", "cras
 PROVIDERS: Final = ("anthropic", "bedrock", "vertex", "foundry", "custom")
 BREAKER_STATES: Final = ("closed", "open", "half_open")
 RETRY_REASONS: Final = ("rate_limited", "overloaded", "server_error", "connect", "timeout", "credential")
+FALLBACKS: Final = ("model", "credential")
 TOKEN_KINDS: Final = ("input", "output", "cache_read", "cache_write_5m", "cache_write_1h", "thinking")
 CACHES: Final = ("upstream", "tool", "token_count", "models")
 CACHE_OUTCOMES: Final = ("hit", "miss", "joined", "error")
@@ -235,6 +236,15 @@ class Metrics:
         )
         self.upstream_retries = make.counter(
             "upstream_retries_total", "Attempts after the first one, by what made them necessary.", reason=RETRY_REASONS
+        )
+        self.retries_refused = make.counter(
+            "upstream_retries_refused_total",
+            "Attempts that were not repeated because the credential's or the upstream's retry budget was spent.",
+        )
+        self.upstream_fallbacks = make.counter(
+            "upstream_fallbacks_total",
+            "Calls that turned to another model or credential before the first byte.",
+            kind=FALLBACKS,
         )
         self.breakers = make.gauge(
             "upstream_breakers",

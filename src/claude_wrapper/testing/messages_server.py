@@ -105,6 +105,8 @@ class ScriptedUpstream:
         """Sum over all answers that were sent to their end."""
         self.api_keys = api_keys
         self.models = tuple(models)
+        self.fail_models: dict[str, int] = {}
+        """Models whose Messages requests are refused with this status until it is taken out again."""
         self._sleep: Sleep = sleep or SystemClock().sleep
         self._clock = SystemClock()
         self._host, self._port = host, port
@@ -197,6 +199,8 @@ class ScriptedUpstream:
             self._finish(record)
 
     async def _answer(self, http: web.Request, record: RecordedRequest, raw: bytes) -> web.StreamResponse:
+        if (status := self.fail_models.get(record.body["model"])) is not None:
+            raise _Refused(status, f"Scripted error {status} of the model.")
         step, heard = answers.due_step(record.body, self._failed_before)
         if step.first:
             await self._sleep(step.first)
