@@ -15,9 +15,12 @@ $(BIN)/uv:
 	@$(PYTHON) -m venv .venv || { echo "python3 cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
-.venv/.ready: $(BIN)/uv pyproject.toml uv.lock
+.venv/.ready: $(BIN)/uv pyproject.toml uv.lock tests/mcpservers/npm/package-lock.json
 	@$(BIN)/uv sync --frozen --quiet
 	@UV_PROJECT_ENVIRONMENT=.venv-sdk1 $(BIN)/uv sync --frozen --quiet --only-group sdk1 --no-install-project
+	@UV_PROJECT_ENVIRONMENT=.venv-mcp $(BIN)/uv sync --frozen --quiet --only-group mcp --no-install-project
+	@if command -v npm >/dev/null; then npm ci --prefix tests/mcpservers/npm --ignore-scripts --no-audit --no-fund --silent; \
+	  else echo "npm is not installed: the tests of an MCP server from npm will be skipped" >&2; fi
 	@touch $@
 
 setup: .venv/.ready ## Install everything from the lock file
@@ -54,4 +57,4 @@ soak: setup ## Ten minutes of load and faults; SOAK_SECONDS and SOAK_SEED change
 	@$(BIN)/python -m claude_wrapper.testing.soak --seconds $(or $(SOAK_SECONDS),600) --seed $(or $(SOAK_SEED),1) --report docs/soak
 
 clean: ## Remove what the targets above installed
-	rm -rf .venv .venv-sdk1 .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-sdk1 .venv-mcp tests/mcpservers/npm/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

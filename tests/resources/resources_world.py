@@ -30,6 +30,7 @@ from claude_wrapper.sessions.resources.means import ResourceMeans
 from claude_wrapper.sessions.resources.outward import Posted
 from claude_wrapper.storage import Database
 from claude_wrapper.storage.blobs import open_directory
+from claude_wrapper.storage.state.memory import MemoryState
 from claude_wrapper.storage.tables.tenancy import organizations, workspaces
 from claude_wrapper.tenancy.audit import Scribe
 from claude_wrapper.tenancy.principal import ActorKind, Principal
@@ -109,7 +110,7 @@ async def resources_world(database: Database, directory: Path) -> AsyncIterator[
     keys = OrgKeys(database, LocalMasterKey((KeyMaterial(bytes(32)),)), clock)
     secrets = SecretStore(database, keys, clock, ids)
     means = ResourceMeans(database, open_directory(directory / "blobs"), keys, secrets, outside)
-    tokens = McpTokens(means, clock)
+    tokens = McpTokens(means, clock, MemoryState(clock), RandomIds())
     known: dict[str, Any] = {one.name: None for one in dataclasses.fields(Deps)}
     known |= {"settings": SimpleNamespace(max_body_bytes=8 * 2**20), "authenticate": _authenticate}
     known |= {"resources": means, "mcp_tokens": tokens, "clock": clock, "ids": ids}

@@ -210,11 +210,7 @@ def test_both_forms_of_mcp_servers_become_one() -> None:
     files = McpServer("files", "stdio", command="npx", args=("-y", "x"), env={"TOKEN": "t"})
     assert named.mcp_servers == (files, McpServer("web", "http", url="https://e.com/mcp", headers={"X": "y"}))
     assert listed.mcp_servers[0] == files
-    assert listed.mcp_servers[1].to_cli() == {
-        "type": "http",
-        "url": "https://e.com/mcp",
-        "headers": {"Authorization": "Bearer s3cret"},
-    }
+    assert listed.mcp_servers[1].headers == {"Authorization": "Bearer s3cret"}
     assert files.to_cli() == {"type": "stdio", **command}
 
 

@@ -17,9 +17,11 @@ from claude_wrapper.errors import InvalidRequest, PermissionDenied
 from claude_wrapper.sandbox.security import SecurityPolicy
 from claude_wrapper.sessions.bridge import CLIENT_SERVER
 from claude_wrapper.sessions.conversation import Conversation
+from claude_wrapper.sessions.requestedmcp import requested
+from claude_wrapper.sessions.resources.tools import MCP_TOOLSET
 from claude_wrapper.sessions.spec import ConversationSpec, OnDisconnect, Owner, TurnInput
 from claude_wrapper.tenancy.principal import Principal
-from claude_wrapper.wire.extensions import AgentOptions, McpServer
+from claude_wrapper.wire.extensions import AgentOptions
 from claude_wrapper.wire.messages import Message, MessagesRequest
 
 SAMPLING_REMOVED_SINCE: Final = "2026-10-21"
@@ -62,6 +64,9 @@ def turn_for(
     oauth = credential.kind is CredentialKind.OAUTH
     tools = _built_in_tools(agent, policy)
     chat = not tools
+    if any(server.local for server in request.mcp_servers) and not policy.local_mcp:
+        raise PermissionDenied(f"mcp_servers: local commands are not allowed: {_why(policy)}")
+    servers = requested(request.mcp_servers, request.tools or ())
     client_tools = _client_tools(request.tools or ())
     new = request.new_messages()
     spec = ConversationSpec(
@@ -72,7 +77,10 @@ def turn_for(
         system=None if chat and not oauth else _frozen(request.system_blocks()),
         append_system_prompt=agent.append_system_prompt if agent else None,
         json_schema=request.json_schema() if oauth else None,
-        mcp_servers=_mcp_servers(request.mcp_servers, policy),
+        asked_tools=frozenset(f"mcp__{name}" for name in servers.local_rules),
+        mcp_servers=servers.local,
+        remote_servers=servers.remote,
+        local_rules=servers.local_rules,
         client_tools=client_tools,
     )
     if spec.append_system_prompt is not None and chat:
@@ -159,6 +167,8 @@ def _profile(tools: tuple[str, ...], policy: SecurityPolicy, *, oauth: bool) -> 
 def _client_tools(tools: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
     for index, tool in enumerate(tools):
         kind = tool.get("type") or "custom"
+        if kind == MCP_TOOLSET:
+            continue
         if kind != "custom":
             raise InvalidRequest(
                 f"{kind!r} tools cannot be offered here: only tools that you run yourself (custom), "
@@ -167,20 +177,7 @@ def _client_tools(tools: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]
             )
         if not isinstance(tool.get("input_schema"), dict):
             raise InvalidRequest("is required and must be an object", field=f"tools[{index}].input_schema")
-    return tuple(tools)
-
-
-def _mcp_servers(servers: Sequence[McpServer], policy: SecurityPolicy) -> dict[str, dict[str, Any]]:
-    configured: dict[str, dict[str, Any]] = {}
-    for server in servers:
-        if not server.enabled:
-            continue
-        if server.local and not policy.local_mcp:
-            raise PermissionDenied(f"mcp_servers.{server.name}: local commands are not allowed: {_why(policy)}")
-        configured[server.name] = server.to_cli()
-        if server.allowed_tools is not None:
-            configured[server.name]["allowed_tools"] = list(server.allowed_tools)
-    return configured
+    return tuple(tool for tool in tools if tool.get("type") != MCP_TOOLSET)
 
 
 def _content(new: Sequence[Message]) -> str | list[dict[str, Any]]:

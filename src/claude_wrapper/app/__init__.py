@@ -31,7 +31,6 @@ from claude_wrapper.app.resources import purge_expired_files, resource_means
 from claude_wrapper.app.telemetry import Telemetry
 from claude_wrapper.app.tenants import Tenants, running_tenants
 from claude_wrapper.auth.authenticate import Authenticator, digest
-from claude_wrapper.broker import FixedHeaders, McpBridge, McpServer
 from claude_wrapper.broker.broker import Broker
 from claude_wrapper.broker.direct import Direct
 from claude_wrapper.broker.egresslists import EgressLists
@@ -49,17 +48,16 @@ from claude_wrapper.sandbox.port import Level, Sandbox
 from claude_wrapper.sandbox.probe import HostReport, probe
 from claude_wrapper.sandbox.security import Egress, SecurityLevel, SecurityLevels, SecurityPolicy
 from claude_wrapper.sandbox.uids import DEFAULT_RANGE, UidAllocator, UidRange
-from claude_wrapper.sessions.bridge import RemoteConnector, RemoteServer
 from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.doors import Doors
 from claude_wrapper.sessions.eventlog import EventLog
 from claude_wrapper.sessions.journal import Books
 from claude_wrapper.sessions.managed import ManagedSessions
 from claude_wrapper.sessions.process import ProcessFactory, Resume, SlotProcess, leftover_slots
+from claude_wrapper.sessions.remotes import RemoteServers
 from claude_wrapper.sessions.resources.mcptokens import McpTokens
 from claude_wrapper.sessions.rooms import Rooms
 from claude_wrapper.sessions.runner import RunnerSettings
-from claude_wrapper.sessions.spec import Owner
 from claude_wrapper.tenancy.principal import Principal
 
 log = structlog.get_logger(__name__)
@@ -212,6 +210,10 @@ async def running_server(
             egress=_egress_lists(settings, security, org_settings),
             limits_by_level={level.value: levels.policy(level).limits for level in levels.allowed},
         )
+        resources = resource_means(
+            settings, data_dir, tenants, clock, ids, permitted=_networks(settings.private_networks)
+        )
+        mcp_tokens = McpTokens(resources, clock, tenants.state, ids)
         keeper = _Keeper()
         pool: Pool[SlotProcess] = Pool(
             _pool_settings(settings, policy),
@@ -226,7 +228,7 @@ async def running_server(
                 pool=pool,
                 clock=clock,
                 ids=ids,
-                connect_remote=_remote_connector(broker),
+                connect_remote=RemoteServers(broker.mcp_bridge, mcp_tokens),
                 spawn=tasks.spawn,
                 max_queued_turns=settings.max_queued_turns,
                 kept_dir=data_dir / "kept",
@@ -264,8 +266,6 @@ async def running_server(
         stack.push_async_callback(sessions.close)
         for endless in (_sweep(conversations, clock, settings.sweep_seconds), sessions.listen(), sessions.attend()):
             stack.callback(tasks.spawn(endless).cancel)  # before the tasks are waited for: they never end by themselves
-        private = _networks(settings.private_networks)
-        resources = resource_means(settings, data_dir, tenants, clock, ids, permitted=private)
         cleaning = tasks.spawn(purge_expired_files(resources, clock, settings.sweep_seconds))
         stack.callback(cleaning.cancel)
         authenticator = Authenticator(
@@ -299,7 +299,7 @@ async def running_server(
             authenticate=authenticate,
             tenants=tenants,
             resources=resources,
-            mcp_tokens=McpTokens(resources, clock),
+            mcp_tokens=mcp_tokens,
             spawn=tasks.spawn,
             security=security.policy,
             security_levels=levels,
@@ -340,28 +340,6 @@ class _Keeper:
 
     def on_lost(self, session: str, slot: str) -> None:
         self.conversations.on_lost(session, slot)
-
-
-def _remote_connector(broker: Broker) -> RemoteConnector:
-    """Remote MCP servers are reached from outside the sandbox, by the broker, where their secrets stay."""
-
-    async def connect(owner: Owner, name: str, spec: Mapping[str, Any]) -> RemoteServer:
-        del owner
-        server = McpServer(name=name, url=str(spec["url"]), credential=FixedHeaders(dict(spec.get("headers", {}))))
-        return _Remote(broker.mcp_bridge(server))
-
-    return connect
-
-
-@dataclass(frozen=True, slots=True)
-class _Remote:
-    bridge: McpBridge
-
-    async def exchange(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        return await self.bridge.send(message)
-
-    async def close(self) -> None:
-        await self.bridge.close()
 
 
 async def _sweep(conversations: Conversations, clock: Clock, seconds: float) -> None:

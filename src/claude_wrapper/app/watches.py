@@ -347,12 +347,21 @@ class Calls(Observer):
         log.warning("upstream.breaker_changed", provider=provider, credential_id=credential_id, state=str(state))
 
     def mcp(self, binding: Binding, server: str, method: str, status: int, seconds: float) -> None:
-        outcome = "ok" if status < 400 else "refused" if status in (401, 403) else "error"
-        self._metrics.mcp_calls.inc(outcome=outcome)
+        del seconds
+        outcome = "ok" if status < 400 else "authentication" if status in (401, 403) else "status"
+        self._metrics.mcp_calls.inc(step="other", outcome=outcome)
         log.info("mcp.called", org=binding.org, session=binding.session, server=server, method=method, status=status)
+
+    def mcp_message(self, method: str, outcome: str, seconds: float) -> None:
+        step = _MCP_STEPS.get(method, "other")
+        self._metrics.mcp_calls.inc(step=step, outcome=outcome)
+        self._metrics.mcp_call_seconds.observe(seconds, step=step)
 
     def fault(self, where: str, error: BaseException) -> None:
         log.error("broker.failed", where=where, exc_info=error)
+
+
+_MCP_STEPS: Final = {"initialize": "connect", "tools/list": "list", "tools/call": "call"}
 
 
 class CountedSink(CallSink):

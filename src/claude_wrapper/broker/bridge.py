@@ -1,46 +1,105 @@
-"""Answers the CLI's `mcp_message` control requests for one remote MCP server (Streamable HTTP).
+"""One conversation with one remote MCP server (Streamable HTTP), for the CLI's `mcp_message` control requests.
 
 The CLI is told of a server of type `sdk` and sends its JSON-RPC over stdin/stdout; nothing of the network, and nothing of
-the credential, is needed inside the sandbox.
+the credential, is needed inside the sandbox. The server at the other end is somebody else's: whatever it does ends in an
+answer or in `McpFailed`, within bounds of time and size.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+import enum
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import msgspec
 
 from claude_wrapper.broker.inject import Headers
 from claude_wrapper.broker.mcp import McpAsk, McpClient, McpServer, as_mapping
 from claude_wrapper.broker.upstream import Answer, UpstreamFailure
-from claude_wrapper.errors import WrapperError
+from claude_wrapper.errors import CredentialMissing, NotFound, PermissionDenied, WrapperError
 from claude_wrapper.wire.sse import EventStreamError, SSEDecoder
 
-_FAILED = -32000
+_FAILED: Final = -32000
 """JSON-RPC's range for errors of the implementation."""
+_UNKNOWN_METHOD: Final = -32601
+_QUICK: Final = frozenset({"initialize", "tools/list", "resources/list", "prompts/list", "ping"})
+"""What a server has at hand: its turn waits for these."""
+_QUESTIONS: Final = 16
+"""Requests of the server that are answered while it answers one of ours."""
+_DISCARDED: Final = 64 * 1024
+
+
+class Outcome(enum.StrEnum):
+    """How one message went; the label of the metrics."""
+
+    OK = "ok"
+    AUTHENTICATION = "authentication"
+    FORBIDDEN = "forbidden"
+    """The address may not be dialled."""
+    UNREACHABLE = "unreachable"
+    TIMEOUT = "timeout"
+    TOO_LARGE = "too_large"
+    STATUS = "status"
+    PROTOCOL = "protocol"
+
+
+class McpFailed(Exception):
+    """The server gave no answer that can be used. `str()` says why, in words for the caller; it holds no secret."""
+
+    def __init__(self, outcome: Outcome, problem: str) -> None:
+        self.outcome = outcome
+        self.problem = problem
+        super().__init__(problem)
+
+
+class _ForgottenSession(Exception):
+    """The server does not know the session any more."""
+
+
+Observe = Callable[[str, Outcome, float], None]
+"""(method, outcome, seconds) of each message."""
+
+
+def _unobserved(method: str, outcome: Outcome, seconds: float) -> None:
+    del method, outcome, seconds
 
 
 class McpBridge:
-    """One conversation with one server. `send` each message of the CLI, `close` at the end."""
+    """`exchange` each message, `close` at the end."""
 
-    def __init__(self, client: McpClient, server: McpServer) -> None:
+    def __init__(self, client: McpClient, server: McpServer, *, observe: Observe = _unobserved) -> None:
         self._client = client
         self._server = server
+        self._observe = observe
         self._session: str | None = None
         self._protocol: str | None = None
+        self._hello: Mapping[str, Any] | None = None
+
+    @property
+    def protocol(self) -> str | None:
+        """The protocol version that the server chose; None before `initialize`."""
+        return self._protocol
+
+    async def exchange(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The server's JSON-RPC response (its errors too); None for a notification. Raises McpFailed."""
+        method, began = str(message.get("method")), time.perf_counter()
+        outcome = Outcome.OK
+        try:
+            return await self._bounded(message, method)
+        except McpFailed as failed:
+            outcome = failed.outcome
+            raise
+        finally:
+            self._observe(method, outcome, time.perf_counter() - began)
 
     async def send(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The server's JSON-RPC response; None for a notification. Failures are JSON-RPC errors, never raised."""
+        """`exchange`, with failures as JSON-RPC errors."""
         try:
-            async with asyncio.timeout(self._server.call_seconds):
-                return await self._exchange(message)
-        except TimeoutError:
-            problem = f"did not answer within {self._server.call_seconds:g} s"
-        except (WrapperError, UpstreamFailure) as error:
-            problem = str(error)
-        return self._failed(message, problem)
+            return await self.exchange(message)
+        except McpFailed as failed:
+            return error_response(message, f"MCP server {self._server.name}: {failed.problem}")
 
     async def close(self) -> None:
         """Tell the server that the conversation is over; bounded, and never raises for what the server does."""
@@ -54,44 +113,103 @@ class McpBridge:
         finally:
             self._session = None
 
-    async def _exchange(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
-        ask = McpAsk("POST", self._headers(), msgspec.json.encode(message))
-        answer = await self._client.ask(self._server, ask)
+    # inside ------------------------------------------------------------------------------------------------------------
+
+    async def _bounded(self, message: Mapping[str, Any], method: str) -> dict[str, Any] | None:
+        server = self._server
+        seconds = min(server.connect_seconds, server.call_seconds) if method in _QUICK else server.call_seconds
         try:
-            if answer.status == 404 and self._session is not None:
-                self._session = None
-                return self._failed(message, "has forgotten the session")
-            if answer.status >= 400:
-                return self._failed(message, f"answered {answer.status}")
+            async with asyncio.timeout(seconds):
+                try:
+                    return await self._once(message, method)
+                except _ForgottenSession:
+                    await self._begin_again()
+                    return await self._once(message, method)
+        except TimeoutError:
+            raise McpFailed(Outcome.TIMEOUT, f"did not answer within {seconds:g} s") from None
+        except _ForgottenSession:
+            raise McpFailed(Outcome.PROTOCOL, "forgets its sessions") from None
+        except PermissionDenied as error:
+            raise McpFailed(Outcome.FORBIDDEN, error.message) from error
+        except (CredentialMissing, NotFound) as error:
+            raise McpFailed(Outcome.AUTHENTICATION, error.message) from error
+        except EventStreamError as error:
+            raise McpFailed(Outcome.TOO_LARGE, error.message) from error
+        except (WrapperError, UpstreamFailure) as error:
+            raise McpFailed(Outcome.UNREACHABLE, error.message) from error
+
+    async def _begin_again(self) -> None:
+        """A session in place of one that the server lost (it answers 404 then: it may have been restarted)."""
+        self._session = self._protocol = None
+        if self._hello is None:
+            raise _ForgottenSession
+        await self._once({**self._hello, "id": "again"}, "initialize")
+        await self._once({"jsonrpc": "2.0", "method": "notifications/initialized"}, "notifications/initialized")
+
+    async def _once(self, message: Mapping[str, Any], method: str) -> dict[str, Any] | None:
+        if method == "initialize":
+            self._session = self._protocol = None
+        wants_answer = "id" in message and "method" in message
+        answer = await self._client.ask(self._server, McpAsk("POST", self._headers(), msgspec.json.encode(message)))
+        try:
+            await self._check(answer)
             self._session = answer.headers.get("mcp-session-id") or self._session
-            if "id" not in message or "method" not in message or answer.status == 202:
-                return (
-                    None if "id" not in message or "method" not in message else self._failed(message, "did not answer")
-                )
+            if not wants_answer:
+                return None
+            if answer.status == 202:
+                raise McpFailed(Outcome.PROTOCOL, "did not answer")
             response = await self._response(answer, message["id"])
         finally:
             answer.close()
         if response is None:
-            return self._failed(message, "ended its answer early")
-        if message["method"] == "initialize":
-            version = as_mapping(response.get("result")).get("protocolVersion")
-            self._protocol = version if isinstance(version, str) else None
+            raise McpFailed(Outcome.PROTOCOL, "ended its answer early, or it is not JSON-RPC")
+        if method == "initialize" and "result" in response:
+            version = as_mapping(response["result"]).get("protocolVersion")
+            self._protocol = version if isinstance(version, str) and version.isprintable() else None
+            self._hello = dict(message)
         return response
 
+    async def _check(self, answer: Answer) -> None:
+        status = answer.status
+        if status == 404 and self._session is not None:
+            raise _ForgottenSession
+        if status in {401, 403}:
+            words = "needs a credential" if self._server.credential is None else "does not take its credential"
+            raise McpFailed(Outcome.AUTHENTICATION, f"{words} (it answered {status})")
+        if status >= 400 or 300 <= status < 400:
+            if status == 400 and self._session is not None and b"session" in await answer.read_all(_DISCARDED):
+                raise _ForgottenSession  # servers in the wild, where the specification has 404
+            raise McpFailed(Outcome.STATUS, f"answered {status}")
+
     async def _response(self, answer: Answer, wanted: Any) -> dict[str, Any] | None:
-        """The response with this id; what else the server says on the way (progress, logs) is dropped."""
-        decoder, body, size = SSEDecoder(self._server.max_answer_bytes), bytearray(), 0
+        """The response with this id. Progress and logs on the way are dropped, questions of the server answered."""
+        bound = self._server.max_answer_bytes
+        decoder, body, size, questions = SSEDecoder(bound), bytearray(), 0, 0
         while chunk := await answer.read():
             size += len(chunk)
-            if size > self._server.max_answer_bytes:
-                raise EventStreamError(f"the answer is larger than {self._server.max_answer_bytes} bytes")
+            if size > bound:
+                raise McpFailed(Outcome.TOO_LARGE, f"gave an answer larger than {bound} bytes")
             if not answer.is_stream:
                 body += chunk
                 continue
             for event in decoder.feed(chunk):
-                if (found := _matching(event.data, wanted)) is not None:
-                    return found
-        return _matching(bytes(body), wanted)
+                value = _object(event.data)
+                if _answers(value, wanted):
+                    return value
+                if value is not None and "method" in value and "id" in value and questions < _QUESTIONS:
+                    questions += 1
+                    await self._answer_question(value)
+        value = _object(bytes(body))
+        return value if _answers(value, wanted) else None
+
+    async def _answer_question(self, question: Mapping[str, Any]) -> None:
+        """A server that asks (sampling, roots, elicitation) gets a no at once, instead of waiting for ever."""
+        reply: dict[str, Any] = {"jsonrpc": "2.0", "id": question["id"]}
+        if question["method"] == "ping":
+            reply["result"] = {}
+        else:
+            reply["error"] = {"code": _UNKNOWN_METHOD, "message": "this client answers no requests"}
+        (await self._client.ask(self._server, McpAsk("POST", self._headers(), msgspec.json.encode(reply)))).close()
 
     def _headers(self) -> Headers:
         headers = [("content-type", "application/json"), ("accept", "application/json, text/event-stream")]
@@ -101,17 +219,21 @@ class McpBridge:
             headers.append(("mcp-protocol-version", self._protocol))
         return headers
 
-    def _failed(self, message: Mapping[str, Any], problem: str) -> dict[str, Any] | None:
-        if "id" not in message:
-            return None
-        error = {"code": _FAILED, "message": f"MCP server {self._server.name}: {problem}"}
-        return {"jsonrpc": "2.0", "id": message["id"], "error": error}
+
+def error_response(message: Mapping[str, Any], text: str, code: int = _FAILED) -> dict[str, Any] | None:
+    """A JSON-RPC error in answer to `message`; None for a notification."""
+    if "id" not in message:
+        return None
+    return {"jsonrpc": "2.0", "id": message["id"], "error": {"code": code, "message": text}}
 
 
-def _matching(data: bytes, wanted: Any) -> dict[str, Any] | None:
+def _object(data: bytes) -> dict[str, Any] | None:
     try:
         value = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    is_response = isinstance(value, dict) and value.get("id") == wanted and ("result" in value or "error" in value)
-    return value if is_response else None
+    return value if isinstance(value, dict) else None
+
+
+def _answers(value: Mapping[str, Any] | None, wanted: Any) -> bool:
+    return value is not None and value.get("id") == wanted and ("result" in value or "error" in value)

@@ -9,7 +9,7 @@ import socket as sockets
 from pathlib import Path
 
 from claude_wrapper.broker.breaker import BreakerView
-from claude_wrapper.broker.bridge import McpBridge
+from claude_wrapper.broker.bridge import McpBridge, Observe
 from claude_wrapper.broker.calls import CallSink, Credential, Gate, Observer
 from claude_wrapper.broker.egress import Egress, EgressSettings
 from claude_wrapper.broker.endpoint import Endpoint
@@ -126,9 +126,9 @@ class Broker:
         await egress.start(where)
         return egress
 
-    def mcp_bridge(self, server: McpServer) -> McpBridge:
+    def mcp_bridge(self, server: McpServer, observe: Observe | None = None) -> McpBridge:
         """A conversation with a remote MCP server for the CLI's `mcp_message` requests; the caller closes it."""
-        return McpBridge(self._means.mcp, server)
+        return McpBridge(self._means.mcp, server, observe=observe or self._means.observer.mcp_message)
 
     def refuse_while_shut(self, credential: Credential) -> None:
         """Raise UpstreamUnavailable while the breaker of this upstream and credential is open: before work is begun.

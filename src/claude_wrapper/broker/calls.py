@@ -184,6 +184,9 @@ class Observer:
     def mcp(self, binding: Binding, server: str, method: str, status: int, seconds: float) -> None:
         """A process's request to a remote MCP server ended."""
 
+    def mcp_message(self, method: str, outcome: str, seconds: float) -> None:
+        """A message that the server sent to a remote MCP server for a process; `outcome` is one of `bridge.Outcome`."""
+
     def fault(self, where: str, error: BaseException) -> None:
         """Something raised that should not have; the call was answered with an error."""
 

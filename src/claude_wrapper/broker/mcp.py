@@ -63,6 +63,8 @@ class McpServer:
     credential: McpCredential | None = None
     call_seconds: float = 300.0
     """Time for one message, its answer included."""
+    connect_seconds: float = 10.0
+    """Time for what a turn waits for before its model is asked: `initialize` and the lists."""
     listen_seconds: float = 3600.0
     """Time that a listening stream (GET) stays open; clients connect anew."""
     max_answer_bytes: int = 16 * 1024 * 1024

@@ -9,6 +9,7 @@ from typing import Any, Final
 from claude_wrapper.agent.launch import CHAT, CHAT_OAUTH, Auth, agent_profile
 from claude_wrapper.errors import PermissionDenied
 from claude_wrapper.sandbox.security import SecurityPolicy
+from claude_wrapper.sessions.mcpservers import cli_tool, servers_of, shown_names
 from claude_wrapper.sessions.resources.tools import CUSTOM, built_in_policies, mcp_policy
 from claude_wrapper.sessions.spec import ConversationSpec
 from claude_wrapper.wire.managed_tools import CLIENT_PREFIX, TO_CLI
@@ -38,14 +39,18 @@ def policy_of(agent: Mapping[str, Any]) -> Callable[[str, Any], str]:
     """What the agent's permission policies say of a call."""
     tools = agent.get("tools") or ()
     built_in = {TO_CLI[name]: policy for name, policy in built_in_policies(tools).items()}
+    servers = shown_names(agent)
+    described = agent.get("id") is not None
 
     def decide(name: str, tool_input: Any) -> str:
         del tool_input
         if name.startswith(CLIENT_PREFIX):
             return ALLOW
         if name.startswith("mcp__"):
+            if not described:
+                return ALLOW  # what a Messages caller sent with its request is what it wants to be used
             server, _, tool = name.removeprefix("mcp__").partition("__")
-            policy = mcp_policy(tools, server, tool)
+            policy = mcp_policy(tools, servers.get(server, server), tool, same=_same_tool)
         else:
             policy = built_in.get(name)
             if policy is None and not built_in:
@@ -57,7 +62,18 @@ def policy_of(agent: Mapping[str, Any]) -> Callable[[str, Any], str]:
     return decide
 
 
-def setup(agent: Mapping[str, Any], security: SecurityPolicy, *, oauth: bool, aliases: Mapping[str, str]) -> Setup:
+def _same_tool(named: str, called: str) -> bool:
+    return cli_tool(named) == cli_tool(called)
+
+
+def setup(
+    agent: Mapping[str, Any],
+    security: SecurityPolicy,
+    *,
+    oauth: bool,
+    aliases: Mapping[str, str],
+    vault_ids: tuple[str, ...] = (),
+) -> Setup:
     """Raises PermissionDenied when the agent has a tool that this server's security level excludes."""
     entries = agent.get("tools") or ()
     decide = policy_of(agent)
@@ -67,7 +83,7 @@ def setup(agent: Mapping[str, Any], security: SecurityPolicy, *, oauth: bool, al
         raise PermissionDenied(f"agent.tools: built-in tools are not allowed: {why}")
     # What the level excludes is not offered to the model: the other tools stay useful.
     tools = tuple(sorted(enabled & set(security.tools)))
-    servers = {one["name"]: {"type": "http", "url": one["url"]} for one in agent.get("mcp_servers") or ()}
+    servers = servers_of(agent, vault_ids)
     asked = {name for name in tools if decide(name, None) == ASK} | {f"mcp__{name}" for name in servers}
     prompt = agent.get("system")
     system = [{"type": "text", "text": prompt}] if prompt else None
@@ -79,7 +95,7 @@ def setup(agent: Mapping[str, Any], security: SecurityPolicy, *, oauth: bool, al
         asked_tools=frozenset(asked),
         system=tuple(system) if system and chat and oauth else None,
         append_system_prompt=prompt if prompt and not chat else None,
-        mcp_servers=servers,
+        remote_servers=servers,
         client_tools=tuple(
             {"name": one["name"], "description": one.get("description", ""), "input_schema": one["input_schema"]}
             for one in entries

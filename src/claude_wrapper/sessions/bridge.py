@@ -8,23 +8,28 @@ use (a) the tools that the API's caller runs itself, whose calls are parked unti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from claude_wrapper.errors import WrapperError
+from claude_wrapper.broker.bridge import McpFailed, Outcome
+from claude_wrapper.sessions.mcpservers import RemoteSpec
 from claude_wrapper.sessions.spec import Owner
+from claude_wrapper.wire.managed import error_event
 
 CLIENT_SERVER: Final = "client"
 """Name of the in-process MCP server that offers the caller's tools: the CLI shows them as `mcp__client__NAME`."""
 _PROTOCOL_VERSION: Final = "2025-06-18"
 _KEPT_RESULTS: Final = 256
+_WORTH_A_SECOND_TRY: Final = frozenset({Outcome.UNREACHABLE, Outcome.STATUS})
+"""The CLI tries to connect twice. Who hung, lied or refused the credential is not waited for again in the same turn."""
 
 
 class RemoteServer(Protocol):
     """A connection to one remote MCP server."""
 
-    async def exchange(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        """Send one JSON-RPC message; its response, or None for a notification. Raises WrapperError."""
+    async def exchange(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Send one JSON-RPC message; its response, or None for a notification. Raises McpFailed."""
         ...
 
     async def close(self) -> None:
@@ -32,8 +37,34 @@ class RemoteServer(Protocol):
         ...
 
 
-RemoteConnector = Callable[[Owner, str, Mapping[str, Any]], Awaitable[RemoteServer]]
-"""Connects an owner to a remote server: `(owner, name, {type, url, headers})`."""
+class RemoteConnector(Protocol):
+    """Connects an owner to a remote server."""
+
+    async def connect(self, owner: Owner, spec: RemoteSpec) -> RemoteServer:
+        """Raises McpFailed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """A remote server failed in this turn."""
+
+    server: str
+    """As its owner calls it."""
+    outcome: Outcome
+    problem: str
+    final: bool
+    """Not tried again in this turn."""
+
+    def event(self) -> dict[str, Any]:
+        """As the session's clients are told."""
+        denied = self.outcome is Outcome.AUTHENTICATION
+        kind = "mcp_authentication_failed_error" if denied else "mcp_connection_failed_error"
+        words = f"The MCP server {self.server} {self.problem}."
+        if self.outcome is Outcome.FORBIDDEN:
+            words = f"The MCP server {self.server} may not be asked: {self.problem}."
+        error = error_event(kind, words, "exhausted" if self.final else "retrying", mcp_server_name=self.server)
+        return {"type": "session.error", "error": dict(error)}
 
 
 class Bridge:
@@ -43,7 +74,10 @@ class Bridge:
         self._connect = connect
         self._owner = owner
         self._tools: list[dict[str, Any]] = []
-        self._specs: dict[str, Mapping[str, Any]] = {}
+        self._specs: dict[str, RemoteSpec] = {}
+        self._failures: dict[str, McpFailed] = {}
+        self.on_trouble: Callable[[Trouble], None] = lambda _trouble: None
+        """Told of each failure of a remote server."""
         self._remotes: dict[str, RemoteServer] = {}
         self._calls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._expected: set[str] = set()
@@ -91,35 +125,62 @@ class Bridge:
 
     # What the CLI asks ------------------------------------------------------------------------------------------------
 
-    def servers(
-        self, configured: Mapping[str, Mapping[str, Any]], *, with_client_tools: bool
-    ) -> dict[str, dict[str, Any]]:
-        """The `servers` argument of `mcp_set_servers`: local commands as they are, everything else in-process."""
-        servers: dict[str, dict[str, Any]] = {}
-        for name, spec in configured.items():
-            if spec.get("type", "stdio") == "stdio":
-                servers[name] = dict(spec)
-            else:
-                self._specs[name] = spec
-                servers[name] = {"type": "sdk", "name": name}
+    async def serve(
+        self,
+        local: Mapping[str, Mapping[str, Any]],
+        remote: Mapping[str, RemoteSpec],
+        *,
+        with_client_tools: bool,
+    ) -> tuple[dict[str, dict[str, Any]], frozenset[str]]:
+        """What this turn may use: the `servers` argument of `mcp_set_servers` (local commands as they are, everything
+        else in-process), and those among them that the CLI must connect to anew."""
+        servers: dict[str, dict[str, Any]] = {name: dict(spec) for name, spec in local.items()}
+        servers |= {name: {"type": "sdk", "name": name} for name in remote}
+        changed = {name for name, spec in self._specs.items() if remote.get(name) != spec} | self._failures.keys()
+        for name in changed:
+            connection = self._remotes.pop(name, None)
+            if connection is not None:
+                await connection.close()
+        self._specs = dict(remote)
+        self._failures.clear()
         if with_client_tools:
             servers[CLIENT_SERVER] = {"type": "sdk", "name": CLIENT_SERVER}
-        return servers
+        return servers, frozenset(changed & servers.keys())
 
     async def handle(self, server: str, message: dict[str, Any]) -> dict[str, Any]:
         """Answer one JSON-RPC message of the CLI."""
         if server == CLIENT_SERVER:
             return await self._client_server(message)
-        if server not in self._specs:
+        spec = self._specs.get(server)
+        if spec is None:
             return _error(message, -32601, f"no MCP server is called {server}")
+        try:
+            response = await self._remote(server, spec, message)
+        except McpFailed as failed:
+            return _error(message, -32000, f"{spec.name}: {failed.problem}")
+        return response if response is not None else {"jsonrpc": "2.0", "id": message.get("id", 0), "result": {}}
+
+    async def _remote(self, server: str, spec: RemoteSpec, message: Mapping[str, Any]) -> dict[str, Any] | None:
+        method = message.get("method")
+        before = self._failures.get(server)
+        if before is not None and (method != "initialize" or before.outcome not in _WORTH_A_SECOND_TRY):
+            raise before  # the turn goes on without it; the next turn tries again
         try:
             remote = self._remotes.get(server)
             if remote is None:
-                remote = self._remotes[server] = await self._connect(self._owner, server, self._specs[server])
+                remote = self._remotes[server] = await self._connect.connect(self._owner, spec)
             response = await remote.exchange(message)
-        except WrapperError as error:
-            return _error(message, -32000, f"{server}: {error.message}")
-        return response if response is not None else {"jsonrpc": "2.0", "id": message.get("id", 0), "result": {}}
+        except McpFailed as failed:
+            connecting = method in {"initialize", "tools/list"}
+            again = method == "initialize" and before is None and failed.outcome in _WORTH_A_SECOND_TRY
+            if connecting:
+                self._failures[server] = failed
+            if connecting or failed.outcome is not Outcome.TOO_LARGE:
+                self.on_trouble(Trouble(spec.name, failed.outcome, failed.problem, final=not again))
+            raise
+        if method == "initialize":
+            self._failures.pop(server, None)
+        return response
 
     async def _client_server(self, message: dict[str, Any]) -> dict[str, Any]:
         method = message.get("method")

@@ -32,7 +32,7 @@ from claude_wrapper.errors import (
 from claude_wrapper.ids import MESSAGE, TURN
 from claude_wrapper.pool.pool import Claim
 from claude_wrapper.pool.requests import ClaimRequest, Keep, Kind
-from claude_wrapper.sessions.bridge import Bridge
+from claude_wrapper.sessions.bridge import Bridge, Trouble
 from claude_wrapper.sessions.concluding import failure, retell, undo
 from claude_wrapper.sessions.leg import Item, Leg, Started
 from claude_wrapper.sessions.permissions import Permissions
@@ -311,7 +311,7 @@ class Conversation:
                 await bridge.close()
             bridge = self._bridge = Bridge(self._rooms.connect_remote, self.owner)
         bridge.offer(spec.client_tools)
-        permissions = Permissions(spec.allowed_tools, process.confined_to)
+        permissions = Permissions(spec.allowed_tools, process.confined_to, spec.local_rules)
         process.agent.on_control = controls(permissions, bridge, turn_input.approve)
         if kind is not Kind.WARM:
             await initialize(process, spec)
@@ -319,6 +319,7 @@ class Conversation:
             resumed, self.resume = self.resume is not None and turn_input.replay is None, None
             if not resumed:
                 await give_past(process, turn_input)
+        bridge.on_trouble = self._mcp_trouble
         await set_up(process, bridge, turn_input)
         self.process = process
 
@@ -449,6 +450,11 @@ class Conversation:
             log.info("turn.unparked", session=self.session, reason="no tool results", turn=running.turn)
             with contextlib.suppress(WrapperError):
                 await self.interrupt()
+
+    def _mcp_trouble(self, trouble: Trouble) -> None:
+        log.info("mcp.failed", session=self.session, server=trouble.server, outcome=str(trouble.outcome))
+        if self.journal is not None:
+            self.journal.note(trouble.event())
 
     def _caller_gone(self, leg: Leg, task: asyncio.Task[None] | None) -> None:
         running = self._running

@@ -107,7 +107,8 @@ class Doors:
         """Raises PermissionDenied."""
         oauth = credential.kind is CredentialKind.OAUTH
         security = await self._security(session.org_id)
-        return setup(session.agent, security, oauth=oauth, aliases=self._aliases)
+        vault_ids = tuple(session.vault_ids)
+        return setup(session.agent, security, oauth=oauth, aliases=self._aliases, vault_ids=vault_ids)
 
     def holds(self, session: str) -> bool:
         """Whether this replica holds the session."""
@@ -235,6 +236,10 @@ class _FirstTurn:
     async def frame(self, frame: Frame) -> None:
         if self._journal is not None:
             await self._journal.frame(frame)
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        if self._journal is not None:
+            self._journal.note(event)
 
     async def end(self, end: TurnEnd) -> None:
         if self._journal is not None:

@@ -21,6 +21,7 @@ from claude_wrapper.ids import Ids
 from claude_wrapper.sessions import records
 from claude_wrapper.sessions.conversation import Conversation
 from claude_wrapper.sessions.eventlog import EventLog, InFlight, Stored, answering
+from claude_wrapper.sessions.mcpservers import shown_names
 from claude_wrapper.sessions.ownership import Ownership
 from claude_wrapper.sessions.records import CallRow, Session
 from claude_wrapper.sessions.spec import Message, TurnEnd, TurnInput
@@ -175,7 +176,7 @@ class SessionJournal:
                 if self.taking:
                     await books.log.processed(tx, self._principal, session, self.taking)
             await books.log.publish(session, stored)
-            translator = TurnTranslator(books.ids.new, self.decide)
+            translator = TurnTranslator(books.ids.new, self.decide, shown_names(self.session.agent))
             if turn_input.replay is not None:
                 names = names_in(turn_input.replay)
                 said = {
@@ -221,6 +222,16 @@ class SessionJournal:
             self._write_behind()
             if len(self._waiting) > _BEHIND and self._writing is not None:
                 await asyncio.wait({self._writing})
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Write an event that is not the process's own, in its place among what the process says."""
+        turn = self._turn
+        if turn is None or turn.lost:
+            return
+        output = turn.translator.noted(event)
+        if output:
+            self._waiting.append((output, None))
+            self._write_behind()
 
     def given(self, tool_use_id: str) -> None:
         """The process has been given the client's answer to this call."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
+
+from claude_wrapper.sessions.mcpservers import ToolRules
 
 _FILE_FIELDS = ("file_path", "notebook_path", "path")
 
@@ -22,11 +24,16 @@ class Permissions:
     allowed_tools: frozenset[str]
     confined_to: PurePosixPath | None = None
     """Without a sandbox: the only directory whose files tools may touch. The CLI asks before it leaves its workspace."""
+    local_rules: Mapping[str, ToolRules] = field(default_factory=dict)
+    """Which tools of local MCP servers may be called; those of remote ones are sifted by the bridge."""
 
     def decide(self, request: dict[str, Any]) -> dict[str, Any]:
         """The `response` of a `can_use_tool` control request."""
         tool = str(request.get("tool_name", ""))
         if tool.startswith("mcp__"):
+            server, _, name = tool.removeprefix("mcp__").partition("__")
+            if server in self.local_rules and not self.local_rules[server].allows(name):
+                return {"behavior": "deny", "message": f"The tool {name} of {server} is not enabled."}
             return {"behavior": "allow", "updatedInput": request.get("input", {})}
         if tool in self.allowed_tools:
             outside = self._outside(request.get("input", {}))

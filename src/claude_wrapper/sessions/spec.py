@@ -18,6 +18,7 @@ import msgspec
 from claude_wrapper.agent.launch import LaunchProfile
 from claude_wrapper.broker.calls import Credential, UpstreamCall
 from claude_wrapper.errors import WrapperError
+from claude_wrapper.sessions.mcpservers import RemoteSpec, ToolRules
 from claude_wrapper.wire.messages import Message
 from claude_wrapper.wire.streamjson import Frame
 
@@ -60,7 +61,11 @@ class ConversationSpec:
     append_system_prompt: str | None = None
     json_schema: Mapping[str, Any] | None = None
     mcp_servers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """As the CLI takes them: name → `{type, command, args, env}` or `{type, url, headers}`."""
+    """Local commands, as the CLI takes them: name → `{type, command, args, env}`."""
+    remote_servers: Mapping[str, RemoteSpec] = field(default_factory=dict)
+    """Remote MCP servers by the names that the CLI is told."""
+    local_rules: Mapping[str, ToolRules] = field(default_factory=dict)
+    """Which tools of a local server may be called; those that are not named: all."""
     client_tools: tuple[Mapping[str, Any], ...] = ()
     """Tools that the caller runs itself: `{name, description?, input_schema}`."""
     asked_tools: frozenset[str] = frozenset()
@@ -135,6 +140,10 @@ class Journal(Protocol):
 
     async def frame(self, frame: Frame) -> None:
         """The process said something."""
+        ...
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Something happened around the process: an event without its id. Dropped when no turn runs."""
         ...
 
     async def end(self, end: TurnEnd) -> None:

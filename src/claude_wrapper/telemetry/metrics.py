@@ -69,6 +69,17 @@ LEASE_STEPS: Final = ("acquired", "renewed", "released", "lost", "taken_over")
 SESSION_STATES: Final = ("running", "idle", "hibernated")
 SNAPSHOT_STEPS: Final = ("save", "restore", "collect")
 OUTCOMES: Final = ("ok", "error")
+MCP_STEPS: Final = ("connect", "list", "call", "other")
+MCP_OUTCOMES: Final = (
+    "ok",
+    "authentication",
+    "forbidden",
+    "unreachable",
+    "timeout",
+    "too_large",
+    "status",
+    "protocol",
+)
 SHED_REASONS: Final = ("memory", "pressure", "lag", "draining")
 AUTH_FAILURES: Final = ("missing", "malformed", "unknown", "expired", "revoked", "scope", "login")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
@@ -256,7 +267,16 @@ class Metrics:
             "upstream_breaker_openings_total", "Times that a circuit breaker opened.", provider=PROVIDERS
         )
         self.mcp_calls = make.counter(
-            "mcp_calls_total", "Calls to remote MCP servers through the broker.", outcome=(*OUTCOMES, "refused")
+            "mcp_calls_total",
+            "Messages to remote MCP servers, by what they were for and how they went.",
+            step=MCP_STEPS,
+            outcome=MCP_OUTCOMES,
+        )
+        self.mcp_call_seconds = make.histogram(
+            "mcp_call_seconds",
+            "Time of a message to a remote MCP server, its answer included.",
+            _REQUEST_SECONDS,
+            step=MCP_STEPS,
         )
         self.oauth_refreshes = make.counter("oauth_refreshes_total", "Token refreshes, by outcome.", outcome=OUTCOMES)
 

@@ -13,13 +13,15 @@ import msgspec
 from claude_wrapper.errors import InvalidRequest
 
 MAX_MCP_SERVERS = 20  # as many as the Messages API takes
+MAX_CACHE_SECONDS = 86_400
+"""How long a result of an MCP tool may be used again at most (`cache_ttl_seconds`, our extension)."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 _SESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}\Z")
 _REMOTE: Mapping[str, Literal["http", "sse"]] = {"http": "http", "sse": "sse"}
-RESERVED_MCP_NAMES = frozenset({"client"})
-"""The bridge for tools that the API client runs; see `merge`."""
+RESERVED_MCP_NAMES = frozenset({"client", "sandbox", "claude_code"})
+"""Servers of this server's own: tools that the API client runs (see `merge`) or its worker does, and the CLI itself."""
 
 
 class AgentOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,6 +62,8 @@ class McpServer:
     enabled: bool = True
     allowed_tools: tuple[str, ...] | None = None
     """None: all of them."""
+    cache_ttl_seconds: Mapping[str, int] = field(default_factory=dict)
+    """Tools whose results may be used again, and for how long."""
 
     @property
     def local(self) -> bool:
@@ -67,10 +71,8 @@ class McpServer:
         return self.transport == "stdio"
 
     def to_cli(self) -> dict[str, Any]:
-        """The value that the CLI's `mcp_set_servers` takes for this server."""
-        if self.local:
-            return {"type": "stdio", "command": self.command, "args": list(self.args), "env": dict(self.env)}
-        return {"type": self.transport, "url": self.url, "headers": dict(self.headers)}
+        """The value that the CLI's `mcp_set_servers` takes for a local command."""
+        return {"type": "stdio", "command": self.command, "args": list(self.args), "env": dict(self.env)}
 
 
 def check_session_id(value: str, path: str = "session_id") -> str:
@@ -117,16 +119,32 @@ def _from_list(entry: Mapping[str, Any], path: str) -> McpServer:
         if not isinstance(token, str):
             raise InvalidRequest("must be a string", field=f"{path}.authorization_token")
         headers["Authorization"] = f"Bearer {token}"
-    configuration = _object(entry.get("tool_configuration") or {}, f"{path}.tool_configuration")
+    url = _url(_string(entry, "url", path), f"{path}.url")
+    return McpServer(name, "http", url=url, headers=_headers(headers, path), **_tool_configuration(entry, path))
+
+
+def _tool_configuration(entry: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """`tool_configuration: {enabled?, allowed_tools?, cache_ttl_seconds?: {tool: seconds}}`; the last is ours."""
+    at = f"{path}.tool_configuration"
+    configuration = _object(entry.get("tool_configuration") or {}, at)
     allowed = configuration.get("allowed_tools")
-    return McpServer(
-        name,
-        "http",
-        url=_url(_string(entry, "url", path), f"{path}.url"),
-        headers=_headers(headers, path),
-        enabled=configuration.get("enabled", True) is not False,
-        allowed_tools=None if allowed is None else _string_list(allowed, f"{path}.tool_configuration.allowed_tools"),
-    )
+    return {
+        "enabled": configuration.get("enabled", True) is not False,
+        "allowed_tools": None if allowed is None else _string_list(allowed, f"{at}.allowed_tools"),
+        "cache_ttl_seconds": {
+            tool: check_cache_seconds(seconds, f"{at}.cache_ttl_seconds.{tool}")
+            for tool, seconds in _object(
+                configuration.get("cache_ttl_seconds") or {}, f"{at}.cache_ttl_seconds"
+            ).items()
+        },
+    }
+
+
+def check_cache_seconds(value: Any, path: str) -> int:
+    """A time to live for kept results. Raises InvalidRequest."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_CACHE_SECONDS:
+        raise InvalidRequest(f"must be a whole number of seconds from 0 to {MAX_CACHE_SECONDS}", field=path)
+    return value
 
 
 def _from_map(name: str, entry: Mapping[str, Any], path: str) -> McpServer:
@@ -140,10 +158,12 @@ def _from_map(name: str, entry: Mapping[str, Any], path: str) -> McpServer:
         args = _string_list(entry.get("args") or [], f"{path}.args")
         if any("\0" in part for part in (command, *args)):
             raise InvalidRequest("must not hold NUL", field=f"{path}.command")
-        return McpServer(name, "stdio", command=command, args=args, env=env)
+        tools = _tool_configuration(entry, path)
+        return McpServer(name, "stdio", command=command, args=args, env=env, **tools)
     if isinstance(kind, str) and kind in _REMOTE:
         url = _url(_string(entry, "url", path), f"{path}.url")
-        return McpServer(name, _REMOTE[kind], url=url, headers=_headers(_strings(entry, "headers", path), path))
+        headers = _headers(_strings(entry, "headers", path), path)
+        return McpServer(name, _REMOTE[kind], url=url, headers=headers, **_tool_configuration(entry, path))
     raise InvalidRequest(f"is {kind!r}; must be stdio, http, sse or (in a list) url", field=f"{path}.type")
 
 

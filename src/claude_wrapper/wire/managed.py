@@ -98,8 +98,9 @@ def upstream_error(status: int | None, message: str) -> Mapping[str, Any]:
 class TurnTranslator:
     """The state of one turn. Feed it every frame."""
 
-    def __init__(self, new_id: Callable[[str], str], decide: Decide) -> None:
-        """`new_id("sevt")` makes identifiers; `decide` is the permission policy."""
+    def __init__(self, new_id: Callable[[str], str], decide: Decide, servers: Mapping[str, str] | None = None) -> None:
+        """`new_id("sevt")` makes identifiers; `decide` is the permission policy; `servers`: the CLI's name of an MCP
+        server → the agent's, where they differ."""
         self.outcome: Outcome | None = None
         """Set by the `result` frame."""
         self.usage = Usage()
@@ -112,6 +113,7 @@ class TurnTranslator:
         self._calls: dict[str, tuple[str, str]] = {}  # the model's id -> (event id, kind of ToolCall)
         self._done: set[str] = set()
         self._failed_servers: set[str] = set()
+        self._servers = servers or {}
         self._notice = ""
 
     @property
@@ -218,12 +220,22 @@ class TurnTranslator:
 
     def _mcp_status(self, server: Mapping[str, Any], out: Output) -> None:
         kind = _MCP_ERRORS.get(str(server.get("status")))
-        name = str(server.get("name"))
+        name = self._server(str(server.get("name")))
         if kind is None or name in self._failed_servers:
             return
         self._failed_servers.add(name)
         error = error_event(kind, f"The MCP server {name} cannot be used.", "retrying", mcp_server_name=name)
         out.events.append(self.made("session.error", error=dict(error)))
+
+    def _server(self, cli_name: str) -> str:
+        return self._servers.get(cli_name, cli_name)
+
+    def noted(self, event: Mapping[str, Any]) -> Output:
+        """An event of the server's own; the CLI's later word about the same MCP server is not news any more."""
+        failed = _mapping(event.get("error")).get("mcp_server_name")
+        if isinstance(failed, str):
+            self._failed_servers.add(failed)
+        return Output(events=[{"id": self._new_id("sevt"), **event}])
 
     def _result(self, frame: Mapping[str, Any], out: Output) -> None:
         for child in list(self._children):
@@ -262,7 +274,7 @@ class TurnTranslator:
         if call.kind == "custom":
             return "custom"
         if call.server is not None:
-            event["mcp_server_name"] = call.server
+            event["mcp_server_name"] = self._server(call.server)
         event["evaluated_permission"] = verdict = self._decide(name, tool_input)
         return "approval" if verdict == "ask" else "tool"
 

@@ -15,6 +15,7 @@ from claude_wrapper.sessions import mounts, records
 from claude_wrapper.sessions.managed import WRITE
 from claude_wrapper.sessions.records import Filter, Session
 from claude_wrapper.sessions.resources.agents import get_agent
+from claude_wrapper.sessions.resources.credentials import require_usable
 from claude_wrapper.sessions.resources.definitions import overridden
 from claude_wrapper.sessions.resources.environments import environment_for_session
 from claude_wrapper.sessions.resources.values import Fields, id_of, metadata_of
@@ -46,6 +47,8 @@ async def create_session(call: Call) -> Response:
         wire = environment.to_wire()
         if wire["config"].get("type") == "self_hosted":
             raise InvalidRequest("self-hosted environments cannot run sessions here yet", field="environment_id")
+        vault_ids = tuple(id_of(one, path, "vlt") for one, path in fields.items("vault_ids", most=MAX_VAULTS))
+        await require_usable(tx, call.principal, vault_ids, "vault_ids")
         given = fields.data.get("initial_events")
         return NewSession(
             agent=agent,
@@ -53,7 +56,7 @@ async def create_session(call: Call) -> Response:
             environment=wire["config"],
             title=fields.maybe_text("title", most=512),
             metadata=metadata_of(fields),
-            vault_ids=tuple(id_of(one, path, "vlt") for one, path in fields.items("vault_ids", most=MAX_VAULTS)),
+            vault_ids=vault_ids,
             budget=budget_of(fields),
             initial_events=check_event_list(given, field="initial_events", allowed=_INITIAL) if given else (),
             mounts=mounted,

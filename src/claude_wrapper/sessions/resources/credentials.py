@@ -13,10 +13,10 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from claude_wrapper.errors import Conflict
+from claude_wrapper.errors import Conflict, InvalidRequest
 from claude_wrapper.sessions.resources import vaults
 from claude_wrapper.sessions.resources.means import ResourceMeans
-from claude_wrapper.sessions.resources.toolauth import ToolAuth, changed_auth, new_auth
+from claude_wrapper.sessions.resources.toolauth import ENVIRONMENT_VARIABLE, ToolAuth, changed_auth, new_auth
 from claude_wrapper.sessions.resources.values import (
     Fields,
     merged_metadata,
@@ -279,6 +279,25 @@ async def usable_credentials(
     rows = [_credential(row) for row in await tx.execute(statement.order_by(table.c.created_at, table.c.id))]
     order = {vault_id: number for number, vault_id in reversed(list(enumerate(vault_ids)))}
     return sorted(rows, key=lambda one: order[one.vault_id])
+
+
+async def require_usable(tx: AsyncConnection, principal: Principal, vault_ids: Sequence[str], path: str) -> None:
+    """That a session may be made with these vaults. Needs `read:vaults` if there are any.
+
+    Raises NotFound, Conflict for an archived one, InvalidRequest for one with environment variables: the sandbox's way
+    out passes TLS through unopened, so that a placeholder could not be replaced by the value on its way.
+    """
+    for index, vault_id in enumerate(vault_ids):
+        vault = await get_vault(tx, principal, vault_id)
+        if vault.archived_at is not None:
+            raise Conflict(f"{path}[{index}]: vault {vault_id} is archived")
+        variables = await usable_credentials(tx, principal, [vault_id], (ENVIRONMENT_VARIABLE,))
+        if variables:
+            raise InvalidRequest(
+                f"vault {vault_id} holds the environment variable {variables[0].target}: this server cannot put its "
+                "value into requests, because its egress proxy does not open TLS; use a vault without it",
+                field=f"{path}[{index}]",
+            )
 
 
 # inside ----------------------------------------------------------------------------------------------------------------

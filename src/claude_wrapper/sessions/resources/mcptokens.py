@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -16,7 +17,15 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper.clock import Clock
-from claude_wrapper.errors import Conflict, CredentialMissing, InvalidRequest, PermissionDenied, UpstreamUnavailable
+from claude_wrapper.errors import (
+    Conflict,
+    CredentialMissing,
+    InvalidRequest,
+    PermissionDenied,
+    StorageUnavailable,
+    UpstreamUnavailable,
+)
+from claude_wrapper.ids import Ids
 from claude_wrapper.sessions.resources.credentials import (
     ToolCredential,
     get_credential,
@@ -28,12 +37,17 @@ from claude_wrapper.sessions.resources.means import ResourceMeans
 from claude_wrapper.sessions.resources.outward import Posted
 from claude_wrapper.sessions.resources.toolauth import ENVIRONMENT_VARIABLE, MCP_OAUTH, STATIC_BEARER, plain_url
 from claude_wrapper.sessions.resources.values import time_of, wire_time
+from claude_wrapper.storage.state.ports import Leases
 from claude_wrapper.storage.tables.resources import tool_credentials
 from claude_wrapper.tenancy.principal import Principal, owned
 
 MARGIN: Final = timedelta(seconds=60)
 """A token that ends sooner is refreshed before it is used."""
 _SHOWN_BODY: Final = 2_000
+_LEASE: Final = 30.0
+"""Seconds that one replica may take: longer than the way out waits for a token endpoint."""
+_WAIT: Final = 40.0
+_POLL: Final = 0.25
 _PROTOCOL: Final = "2025-06-18"
 _INITIALIZE: Final = {
     "jsonrpc": "2.0",
@@ -71,12 +85,16 @@ class Refreshed:
 
 
 class McpTokens:
-    """One per server process: refreshes of one credential happen one after the other."""
+    """One per server process. Refreshes of one credential happen one after the other, on whichever replica: refresh
+    tokens rotate, and a second use of one may end them all."""
 
-    def __init__(self, means: ResourceMeans, clock: Clock) -> None:
+    def __init__(self, means: ResourceMeans, clock: Clock, leases: Leases, ids: Ids) -> None:
         self._means = means
         self._clock = clock
+        self._leases = leases
+        self._ids = ids
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._running: set[asyncio.Future[Refreshed]] = set()
 
     async def credential_for(
         self, principal: Principal, vault_ids: Sequence[str], url: str
@@ -134,13 +152,15 @@ class McpTokens:
         """A new access token in place of `spent`, unless somebody got one meanwhile."""
         turn = self._turns.setdefault(credential.id, asyncio.Lock())
         async with turn:
-            secret, version = await read_secret(self._means, principal, credential)
+            secret, _ = await read_secret(self._means, principal, credential)
             if secret["access_token"] != spent:
                 return Refreshed("succeeded", token=secret["access_token"])
             if "refresh_token" not in secret:
                 return Refreshed("no_refresh_token")
             # Not cancelled half-way: a refresh token that was spent must not be lost with its successor.
-            work = asyncio.ensure_future(self._refresh(principal, credential, secret, version))
+            work = asyncio.ensure_future(self._alone(principal, credential, spent))
+            self._running.add(work)
+            work.add_done_callback(self._running.discard)
             return await asyncio.shield(work)
 
     async def validate(self, principal: Principal, vault_id: str, credential_id: str) -> dict[str, Any]:
@@ -189,6 +209,23 @@ class McpTokens:
 
         ends = (await self._means.db.query(read)).auth["expires_at"]
         return ends is not None and time_of(ends, "expires_at") <= self._clock.now() + MARGIN
+
+    async def _alone(self, principal: Principal, credential: ToolCredential, spent: str) -> Refreshed:
+        """The refresh, while no other replica makes one; what another has just got is taken instead."""
+        name, holder = f"mcp.oauth.{credential.id}", self._ids.new("refresh")
+        deadline = self._clock.monotonic() + _WAIT
+        while (lease := await self._leases.acquire(name, holder, ttl=_LEASE)) is None:
+            if self._clock.monotonic() >= deadline:
+                return Refreshed("connect_error")
+            await self._clock.sleep(_POLL)
+        try:
+            secret, version = await read_secret(self._means, principal, credential)
+            if secret["access_token"] != spent:
+                return Refreshed("succeeded", token=secret["access_token"])
+            return await self._refresh(principal, credential, secret, version)
+        finally:
+            with contextlib.suppress(StorageUnavailable):  # it ends by itself
+                await self._leases.release(lease)
 
     async def _refresh(
         self, principal: Principal, credential: ToolCredential, secret: Mapping[str, str], version: int

@@ -7,12 +7,13 @@ built-in tools are allowed, those of MCP servers ask (they are somebody else's).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from claude_wrapper.errors import InvalidRequest
 from claude_wrapper.sessions.resources.values import Fields, host_of, name_of, url_of
+from claude_wrapper.wire.extensions import MAX_CACHE_SECONDS
 
 AGENT_TOOLSET: Final = "agent_toolset_20260401"
 MCP_TOOLSET: Final = "mcp_toolset"
@@ -44,12 +45,18 @@ def built_in_policies(tools: Sequence[Mapping[str, Any]]) -> dict[str, ToolPolic
     return {}
 
 
-def mcp_policy(tools: Sequence[Mapping[str, Any]], server: str, tool: str) -> ToolPolicy | None:
-    """What resolved tools say of a tool of an MCP server; None if the server is not offered."""
+def mcp_policy(
+    tools: Sequence[Mapping[str, Any]],
+    server: str,
+    tool: str,
+    *,
+    same: Callable[[str, str], bool] = lambda named, called: named == called,
+) -> ToolPolicy | None:
+    """What resolved tools say of a tool of an MCP server; None if the server is not offered. `same` compares names."""
     for entry in tools:
         if entry["type"] == MCP_TOOLSET and entry["mcp_server_name"] == server:
             for config in entry["configs"]:
-                if config["name"] == tool:
+                if same(config["name"], tool):
                     return _policy_of(config)
             return _policy_of(entry["default_config"])
     return None
@@ -204,10 +211,11 @@ def _mcp_toolset(entry: Fields) -> dict[str, Any]:
     default = _config(entry.maybe_object("default_config"), {"enabled": True, "permission_policy": "always_ask"})
     configs: list[dict[str, Any]] = []
     for config in entry.objects("configs", most=MAX_TOOLS):
-        name = config.only("name", "enabled", "permission_policy").text("name", most=256)
+        name = config.only("name", "enabled", "permission_policy", "cache_ttl_seconds").text("name", most=256)
         if any(other["name"] == name for other in configs):
             raise InvalidRequest(f"there is another configuration of {name!r}", field=config.at("name"))
-        configs.append({"name": name, **_overridden(config, default)})
+        kept = config.integer("cache_ttl_seconds", least=0, most=MAX_CACHE_SECONDS)
+        configs.append({"name": name, **_overridden(config, default), **({"cache_ttl_seconds": kept} if kept else {})})
     server = entry.text("mcp_server_name", most=255)
     return {"type": MCP_TOOLSET, "mcp_server_name": server, "default_config": default, "configs": configs}
 
