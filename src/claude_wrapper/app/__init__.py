@@ -11,6 +11,7 @@ import contextlib
 import ipaddress
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,6 +49,7 @@ from claude_wrapper.sandbox.port import Level, Sandbox
 from claude_wrapper.sandbox.probe import HostReport, probe
 from claude_wrapper.sandbox.security import Egress, SecurityLevel, SecurityLevels, SecurityPolicy
 from claude_wrapper.sandbox.uids import DEFAULT_RANGE, UidAllocator, UidRange
+from claude_wrapper.sessions.content.furnish import SessionContent
 from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.doors import Doors
 from claude_wrapper.sessions.eventlog import EventLog
@@ -256,6 +258,7 @@ async def running_server(
                 choose=lambda principal: credentials.choose(principal, None),
                 security=security.policy,
                 aliases=MODEL_ALIASES,
+                content=partial(SessionContent, books, resources),
             ),
             RunnerSettings(settings.turn_seconds, parked_seconds=600.0),
             tasks.spawn,

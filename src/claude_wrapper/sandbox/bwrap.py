@@ -31,6 +31,7 @@ UID = 1000
 """The uid that the process believes to have, whatever it is outside."""
 _TMP, _SHM = "/tmp", "/dev/shm"  # noqa: S108 - the sandbox's own, not the host's
 _KILL_SECONDS = 5.0
+_MASK_BYTES = 4096
 
 _ETC_FILES = {
     "passwd": f"root:x:0:0:root:/nonexistent:/usr/sbin/nologin\nagent:x:{UID}:{UID}:agent:{HOME}:/bin/sh\n"
@@ -79,7 +80,7 @@ class BwrapSandbox:
         return self._host.uids
 
     def layout(self, dirs: SlotDirs, cli: Path) -> Layout:
-        return Layout(home=HOME, work=WORK, socket=BROKER / SOCKET_NAME, cli=CLI)
+        return Layout(home=HOME, work=WORK, socket=BROKER / SOCKET_NAME, cli=CLI, binds=True)
 
     def create_dirs(self, root: Path, uid: int | None) -> SlotDirs:
         return directories.create(root, uid)
@@ -142,6 +143,11 @@ class BwrapSandbox:
         yield from ("--ro-bind", str(cli), str(CLI))
         for outside, inside in spec.read_only_binds:
             yield from ("--ro-bind", str(outside), str(inside))
+        for outside, inside in spec.binds:
+            yield from ("--bind", str(outside), str(inside))
+        for inside in spec.masked:
+            yield from ("--size", str(_MASK_BYTES), "--perms", "0555", "--tmpfs", str(inside))
+            yield from ("--remount-ro", str(inside))
         yield from ("--remount-ro", "/", "--chdir", str(WORK), "--seccomp", data("seccomp", self._filter))
 
     async def kill(self, pid: int, dirs: SlotDirs) -> None:

@@ -183,12 +183,13 @@ def _give(descriptor: int, owner: os.stat_result) -> None:
         os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
-def walk_beneath(root: Path, *, max_entries: int, max_depth: int = _MAX_DEPTH) -> Iterator[Entry]:
+def walk_beneath(root: Path, *, max_entries: int, max_depth: int = _MAX_DEPTH, below: str = "") -> Iterator[Entry]:
     """Everything below `root`, directories before what is in them, names sorted; links are told, not followed.
 
-    Raises RequestTooLarge after `max_entries` entries or below `max_depth` directories.
+    `below` names a directory of it to begin at; paths are relative to that one. Raises RequestTooLarge after
+    `max_entries` entries or below `max_depth` directories, and for `below` as `open_beneath` does.
     """
-    top = os.open(root, _DIRECTORY)
+    top = open_beneath(root, below, _DIRECTORY) if below else os.open(root, _DIRECTORY)
     seen = 0
     stack: list[tuple[int, str, list[str]]] = [(top, "", _names(top))]
     try:

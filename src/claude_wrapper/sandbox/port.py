@@ -67,6 +67,8 @@ class Layout:
     socket: PurePosixPath | None
     """The broker's unix socket; None: the broker has to be reached by a loopback path."""
     cli: PurePosixPath
+    binds: bool = False
+    """Whether directories can be shown at other paths than their own (`Containment.binds`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,11 @@ class Containment:
     """An own uid for this slot from the allocator, or None to run as the server's."""
     read_only_binds: tuple[tuple[Path, PurePosixPath], ...] = ()
     """(host path, path inside) shown read-only in addition."""
+    binds: tuple[tuple[Path, PurePosixPath], ...] = ()
+    """(host path, path inside): the slot's own directories, shown and writable at other paths too. Levels that do not
+    change paths cannot do that; see `Layout.binds`."""
+    masked: tuple[PurePosixPath, ...] = ()
+    """Directories inside that are shown empty and read-only: what lies there is reached by one of `binds` alone."""
 
 
 @dataclass(slots=True)

@@ -36,11 +36,11 @@ from claude_wrapper.sessions.bridge import Bridge, Trouble
 from claude_wrapper.sessions.concluding import failure, retell, undo
 from claude_wrapper.sessions.leg import Item, Leg, Started
 from claude_wrapper.sessions.permissions import Permissions
-from claude_wrapper.sessions.preparing import controls, give_past, initialize, set_up
+from claude_wrapper.sessions.preparing import announced, controls, give_past, initialize, set_up
 from claude_wrapper.sessions.process import Resume, SlotProcess
 from claude_wrapper.sessions.rooms import Rooms
 from claude_wrapper.sessions.running import Running, binding_of, context_of, merger_for, unanswered
-from claude_wrapper.sessions.spec import Journal, Message, OnDisconnect, Owner, TurnEnd, TurnInput
+from claude_wrapper.sessions.spec import Content, Journal, Message, OnDisconnect, Owner, TurnEnd, TurnInput
 from claude_wrapper.sessions.watch import TurnWatch
 
 log = structlog.get_logger(__name__)
@@ -86,6 +86,8 @@ class Conversation:
         self.ended = False
         self.journal: Journal | None = None
         """Who writes down what happens here."""
+        self.content: Content | None = None
+        """Who brings the session's files, memory and skills into its process's workspace."""
         self._end = TurnEnd()
         self._rooms = rooms
         self._on_settled = on_settled
@@ -261,6 +263,8 @@ class Conversation:
             turn = self._rooms.ids.new(TURN)
             process.endpoint.bind(binding_of(self.session, self.owner, turn_input))
             process.endpoint.begin(replace(context_of(turn, turn_input, leg), trace=self._watch.trace))
+            if self.content is not None:
+                await self.content.enter(process.room)
             await self._prepare(process, claim.kind, turn_input)
             await process.reach(self.owner.org)
             started = Started(self.session, turn, process.pid, claim.kind.value, claim.waited_seconds)
@@ -275,9 +279,13 @@ class Conversation:
             keep = Keep.SESSION if claim.kind is Kind.WARM else Keep.DETACH
             raise
         finally:
-            if keep is not Keep.SESSION:
-                self.lose(claim.process)
-            await claim.release(keep)
+            try:
+                if self.content is not None:
+                    await self.content.leave(claim.process.room)
+            finally:
+                if keep is not Keep.SESSION:
+                    self.lose(claim.process)
+                await claim.release(keep)
         return settled
 
     def lose(self, process: SlotProcess) -> None:
@@ -314,7 +322,7 @@ class Conversation:
         permissions = Permissions(spec.allowed_tools, process.confined_to, spec.local_rules)
         process.agent.on_control = controls(permissions, bridge, turn_input.approve)
         if kind is not Kind.WARM:
-            await initialize(process, spec)
+            await initialize(process, spec, self.content)
             # A process that was started with --resume holds the history already.
             resumed, self.resume = self.resume is not None and turn_input.replay is None, None
             if not resumed:
@@ -329,7 +337,10 @@ class Conversation:
         line = self._rooms.ids.uuid()
         if turn_input.replay is not None:
             process.endpoint.replay(turn_input.replay)
-        agent_turn = process.agent.turn(turn_input.content, uuid=line)
+        content = turn_input.content
+        if self.content is not None and self.content.news and started.kind == Kind.WARM:
+            content = announced(self.content.news, content)
+        agent_turn = process.agent.turn(content, uuid=line)
         error: WrapperError | None = None
         calls: Sequence[UpstreamCall] = ()
         silent = True

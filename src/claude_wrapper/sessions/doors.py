@@ -26,7 +26,7 @@ from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.journal import Books, SessionJournal
 from claude_wrapper.sessions.records import Session
 from claude_wrapper.sessions.sessionfields import NewSession
-from claude_wrapper.sessions.spec import Owner, TurnEnd, TurnInput
+from claude_wrapper.sessions.spec import Content, Owner, TurnEnd, TurnInput
 from claude_wrapper.sessions.threads import note_thread
 from claude_wrapper.sessions.transcript import client_view
 from claude_wrapper.storage.dialects import is_unique_violation
@@ -48,8 +48,10 @@ class Doors:
         choose: Callable[[Principal], Awaitable[Credential]],
         security: Callable[[str], Awaitable[SecurityPolicy]],
         aliases: Mapping[str, str],
+        content: Callable[[Principal, Callable[[], Session]], Content],
     ) -> None:
-        """`choose` finds the upstream credential of a principal, `security` what an organisation's agents may do."""
+        """`choose` finds the upstream credential of a principal, `security` what an organisation's agents may do; `content`
+        brings a session's things into its workspace: (the session's own principal, the session as it is now)."""
         self.on_change: Callable[[str], None] = lambda _session: None
         self.recover: Callable[[Session], Awaitable[None]] = _nothing
         """Goes on with the turn of a session whose server died, and returns when it is over."""
@@ -59,6 +61,7 @@ class Doors:
         self._choose = choose
         self._security = security
         self._aliases = aliases
+        self._content = content
         conversations.on_named = self.attach
         conversations.on_forgotten = self._forgotten
         self._own.on_lost = self._lost
@@ -87,6 +90,9 @@ class Doors:
             journal.decide = policy_of(session.agent)
         else:
             conversation.journal = journal = self._journal(session, conversation, fence)
+        if conversation.content is None:
+            writing = journal
+            conversation.content = self._content(acting(session.owner), lambda: writing.session)
         return conversation, journal
 
     def _lost(self, session: str, fence: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Final
 
 import msgspec
@@ -80,8 +81,10 @@ class ManagedSessions:
             await records.insert_session(tx, {**new.row(principal, session_id, thread, now), "asker": asker})
             session = await records.get_session(tx, principal, session_id)
             await note_thread(tx, principal, session, thread, name=session.agent_name, status=records.IDLE, now=now)
-            for one in new.mounts:
-                await mounts.add(tx, principal, session_id, one, ids=books.ids, now=now)
+            for at, one in enumerate(new.mounts):
+                # Listed by age: a moment apart, they stay in the order in which they were given.
+                later = now + timedelta(microseconds=at)
+                await mounts.add(tx, principal, session_id, one, ids=books.ids, now=later)
             stored = await books.log.write(tx, principal, session_id, new.initial_events, queued=True)
         await books.log.publish(session_id, stored)
         if stored:

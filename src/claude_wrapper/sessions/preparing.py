@@ -13,22 +13,23 @@ from claude_wrapper.sessions.bridge import CLIENT_SERVER, Bridge
 from claude_wrapper.sessions.concluding import upstream_error
 from claude_wrapper.sessions.permissions import Permissions
 from claude_wrapper.sessions.process import SlotProcess
-from claude_wrapper.sessions.spec import Approve, ConversationSpec, Message, TurnInput
+from claude_wrapper.sessions.spec import Approve, Content, ConversationSpec, Message, TurnInput
 from claude_wrapper.wire.control import ControlRefused
 
 Controls = Callable[[str, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]
 
 
-async def initialize(process: SlotProcess, spec: ConversationSpec) -> None:
-    """The process's first words, unless it heard them as a spare."""
+async def initialize(process: SlotProcess, spec: ConversationSpec, content: Content | None) -> None:
+    """The process's first words, unless it heard them as a spare: the caller's, and what lies in its workspace."""
     process.fingerprint = spec.fingerprint
     if process.initialized:
         return
+    found = content.prompt if content is not None and process.room is not None else ""
     await process.agent.initialize(
         system_prompt=[block["text"] for block in spec.system if block.get("type") == "text"]
         if spec.system is not None
         else None,
-        append_system_prompt=spec.append_system_prompt,
+        append_system_prompt="\n\n".join(part for part in (spec.append_system_prompt, found) if part) or None,
         json_schema=dict(spec.json_schema) if spec.json_schema else None,
     )
     process.initialized = True
@@ -62,6 +63,12 @@ async def set_up(process: SlotProcess, bridge: Bridge, turn_input: TurnInput) ->
     if servers != process.mcp_servers:
         await process.agent.mcp_set_servers(servers)
         process.mcp_servers = servers
+
+
+def announced(news: str, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The caller's message, after what is new in the workspace."""
+    said = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [{"type": "text", "text": news}, *said]
 
 
 def controls(permissions: Permissions, bridge: Bridge, approve: Approve | None) -> Controls:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -32,6 +32,7 @@ from claude_wrapper.sandbox.files import empty_tree, remove_tree
 from claude_wrapper.sandbox.port import SOCKET_NAME, Containment, Level, Limits, Sandbox, SlotDirs
 from claude_wrapper.sandbox.staging import reachable_cli
 from claude_wrapper.sandbox.uids import UidAllocator
+from claude_wrapper.sessions.content import places
 from claude_wrapper.sessions.diskguard import guard_disk
 
 log = structlog.get_logger(__name__)
@@ -71,6 +72,8 @@ class SlotProcess:
     primed: bool
     initialized: bool
     model: str
+    room: places.Room | None = None
+    """Its workspace, if its agent has tools that can see it."""
     confined_to: PurePosixPath | None = None
     """Without a sandbox: the workspace, which file tools may not leave."""
     fingerprint: str | None = None
@@ -280,7 +283,15 @@ class ProcessFactory:
             )
         )
         limits = self._limits_by_level.get(profile.security, self._limits)
-        launch = self._sandbox.prepare(Containment(dirs=dirs, cli=cli, argv=argv, env=env, limits=limits, uid=uid))
+        spec = Containment(dirs=dirs, cli=cli, argv=argv, env=env, limits=limits, uid=uid)
+        room = None
+        if profile.tools != ():
+            await asyncio.to_thread(places.make_mount_root, dirs.work, uid)
+            room = places.Room(dirs.work, uid, places.Seen(layout.work, bound=layout.binds))
+            if layout.binds:
+                binds, masked = places.binds(dirs.work, layout.work)
+                spec = replace(spec, binds=binds, masked=masked)
+        launch = self._sandbox.prepare(spec)
         agent = await Agent.start(
             launch, sandbox=self._sandbox, dirs=dirs, clock=self._clock, ids=self._ids, settings=self._settings
         )
@@ -306,6 +317,7 @@ class ProcessFactory:
             primed=primed,
             initialized=primed,
             model=self._default_model,
+            room=room,
             confined_to=layout.work if self._sandbox.level is Level.NONE else None,
             open_network=self._open_network if networked else None,
             egress_lists=self._egress,

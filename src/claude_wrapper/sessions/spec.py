@@ -18,11 +18,22 @@ import msgspec
 from claude_wrapper.agent.launch import LaunchProfile
 from claude_wrapper.broker.calls import Credential, UpstreamCall
 from claude_wrapper.errors import WrapperError
+from claude_wrapper.sessions.content.places import Room
 from claude_wrapper.sessions.mcpservers import RemoteSpec, ToolRules
 from claude_wrapper.wire.messages import Message
 from claude_wrapper.wire.streamjson import Frame
 
-__all__ = ["Approve", "ConversationSpec", "Journal", "Message", "OnDisconnect", "Owner", "TurnEnd", "TurnInput"]
+__all__ = [
+    "Approve",
+    "Content",
+    "ConversationSpec",
+    "Journal",
+    "Message",
+    "OnDisconnect",
+    "Owner",
+    "TurnEnd",
+    "TurnInput",
+]
 
 
 Approve = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -148,4 +159,26 @@ class Journal(Protocol):
 
     async def end(self, end: TurnEnd) -> None:
         """The turn is over; nothing may begin before this returns."""
+        ...
+
+
+class Content(Protocol):
+    """Who brings a session's things into its process's workspace, and out of it."""
+
+    @property
+    def prompt(self) -> str:
+        """What a fresh process is told of them in its system prompt; as of the last `enter`."""
+        ...
+
+    @property
+    def news(self) -> str:
+        """What a process that was told before is told with its next message."""
+        ...
+
+    async def enter(self, room: Room | None) -> None:
+        """Before a turn; None: the process has no tools that could see a workspace."""
+        ...
+
+    async def leave(self, room: Room | None) -> None:
+        """After a turn, however it ended, while the workspace is still there. Never raises a WrapperError."""
         ...

@@ -43,7 +43,7 @@ async def create_session(call: Call) -> Response:
         agent = await _agent(tx, call, fields)
         environment_id = id_of(fields.data["environment_id"], "environment_id", "env")
         environment = await environment_for_session(tx, call.principal, environment_id)
-        await mounts.check(tx, call.principal, mounted, call.deps.clock)
+        complete = await mounts.check(tx, call.principal, mounted, call.deps.clock)
         wire = environment.to_wire()
         if wire["config"].get("type") == "self_hosted":
             raise InvalidRequest("self-hosted environments cannot run sessions here yet", field="environment_id")
@@ -59,7 +59,7 @@ async def create_session(call: Call) -> Response:
             vault_ids=vault_ids,
             budget=budget_of(fields),
             initial_events=check_event_list(given, field="initial_events", allowed=_INITIAL) if given else (),
-            mounts=mounted,
+            mounts=complete,
         )
 
     session = await call.deps.sessions.create(call.principal, await call.read(work))
@@ -150,8 +150,12 @@ async def add_resource(call: Call) -> Response:
         raise Conflict(f"session {session.id} has ended and takes no resources")
 
     async def work(tx: AsyncConnection) -> dict[str, Any]:
-        await mounts.check(tx, call.principal, [mounted], call.deps.clock)
-        return await mounts.add(tx, call.principal, session.id, mounted, ids=call.deps.ids, now=call.deps.clock.now())
+        present = await mounts.all_of(tx, call.principal, session.id)
+        if len(present) >= mounts.MAX_RESOURCES:
+            raise Conflict(f"session {session.id} has {mounts.MAX_RESOURCES} resources, which is the most")
+        taken = [str(one["mount_path"]) for one in present]
+        [complete] = await mounts.check(tx, call.principal, [mounted], call.deps.clock, present=taken)
+        return await mounts.add(tx, call.principal, session.id, complete, ids=call.deps.ids, now=call.deps.clock.now())
 
     return answer(await call.write(work))
 

@@ -1,0 +1,174 @@
+"""Brings a session's things into the workspace of its process before a turn, and out of it after one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from claude_wrapper.errors import InvalidRequest, NotFound, WrapperError
+from claude_wrapper.sessions import mounts
+from claude_wrapper.sessions.content import manifest as notes
+from claude_wrapper.sessions.content import outputs, places, prompt, trees
+from claude_wrapper.sessions.content.acting import SCOPES, Acting
+from claude_wrapper.sessions.content.files import put_files
+from claude_wrapper.sessions.content.manifest import Manifest
+from claude_wrapper.sessions.content.memorysync import MemorySync, Mounted
+from claude_wrapper.sessions.content.places import Room
+from claude_wrapper.sessions.content.skills import Shown, put_skills
+from claude_wrapper.sessions.journal import Books
+from claude_wrapper.sessions.records import Session
+from claude_wrapper.sessions.resources.means import ResourceMeans
+from claude_wrapper.tenancy.audit import Scribe
+from claude_wrapper.tenancy.principal import Principal
+from claude_wrapper.wire.managed import error_event
+
+log = structlog.get_logger(__name__)
+
+FILE_ERROR: Final = "file_mount_error"
+SKILL_ERROR: Final = "skill_mount_error"
+MEMORY_ERROR: Final = "memory_sync_error"
+OUTPUT_ERROR: Final = "output_error"
+_LEAVE_SECONDS: Final = 120.0
+
+
+class SessionContent:
+    """One session's things. Its conversation calls `enter` before a turn and `leave` after it."""
+
+    def __init__(
+        self, books: Books, means: ResourceMeans, principal: Principal, session: Callable[[], Session]
+    ) -> None:
+        """`principal` is the session's own; `session` gives it as it is now."""
+        self._books = books
+        self._session = session
+        self._acting = Acting(means, replace(principal, scopes=SCOPES), Scribe(books.clock, books.ids), session().id)
+        self._memory = MemorySync(self._acting)
+        self._refused = False
+        self._prompt = ""
+        self._news = ""
+
+    @property
+    def prompt(self) -> str:
+        """What a fresh process is told in its system prompt; as of the last `enter`."""
+        return self._prompt
+
+    @property
+    def news(self) -> str:
+        """What a process that was told before is told with its next message."""
+        return self._news
+
+    async def enter(self, room: Room | None) -> None:
+        """Put everything in its place. What cannot be is told as `session.error`; the turn goes on.
+
+        `room` is None when the agent has no tools that could see it.
+        """
+        self._prompt = self._news = ""
+        resources = await self._resources()
+        session = self._session()
+        wanted = list(session.agent.get("skills") or ())
+        if room is None:
+            await self._refuse(resources, wanted)
+            return
+        work = room.work
+        manifest = await asyncio.to_thread(notes.load, work)
+        before = notes.copied(manifest)
+        errors: list[tuple[str, str]] = []
+        await self._take_away(work, manifest, resources, errors)
+        of_kind: Mapping[str, list[dict[str, Any]]] = {
+            kind: [one for one in resources if one["type"] == kind] for kind in ("file", "memory_store")
+        }
+        placed, told = await put_files(self._acting, of_kind["file"], work, manifest)
+        errors += [(FILE_ERROR, one) for one in told]
+        skills: list[Shown] = []
+        if wanted or manifest.skills:
+            skills, told = await put_skills(self._acting, wanted, work, manifest)
+            errors += [(SKILL_ERROR, one) for one in told]
+        errors += await self._sync(work, manifest, of_kind["memory_store"])
+        if manifest != before:
+            await asyncio.to_thread(notes.save, work, manifest)
+        there = [one for one in resources if one["type"] != "file" or one["id"] in manifest.placed]
+        self._prompt = prompt.describe(room.seen, resources=there, skills=skills, packages=False)
+        self._news = prompt.announcement(room.seen, placed) if placed else ""
+        await self.tell(errors)
+
+    async def leave(self, room: Room | None) -> None:
+        """Keep what the turn changed: memory, outputs. Never raises: what fails is told to the session and logged."""
+        if room is None:
+            return
+        try:
+            async with asyncio.timeout(_LEAVE_SECONDS):
+                await self.tell(await self._keep(room.work))
+        except (WrapperError, OSError) as error:  # a timeout is an OSError
+            log.exception("content.not_kept", session=self._acting.session)
+            reason = error.message if isinstance(error, WrapperError) else type(error).__name__
+            with contextlib.suppress(WrapperError):
+                await self.tell([(OUTPUT_ERROR, f"What the turn changed could not be kept: {reason}")])
+
+    async def _keep(self, work: Path) -> list[tuple[str, str]]:
+        resources = await self._resources()
+        manifest = await asyncio.to_thread(notes.load, work)
+        before = notes.copied(manifest)
+        errors = await self._sync(work, manifest, [one for one in resources if one["type"] == "memory_store"])
+        kept = await outputs.collect(self._acting, work, manifest)
+        errors += [(OUTPUT_ERROR, one) for one in kept]
+        if manifest != before:
+            await asyncio.to_thread(notes.save, work, manifest)
+        return errors
+
+    # inside -----------------------------------------------------------------------------------------------------------
+
+    async def _resources(self) -> list[dict[str, Any]]:
+        async with self._books.db.read() as tx:
+            return await mounts.all_of(tx, self._acting.principal, self._acting.session)
+
+    async def _refuse(self, resources: Sequence[Mapping[str, Any]], skills: Sequence[Any]) -> None:
+        if self._refused or not (resources or skills):
+            return
+        self._refused = True
+        message = (
+            f"The agent has no built-in tools, so that it cannot see what this session was given ({len(resources)} "
+            f"resources, {len(skills)} skills): enable at least `read` in its toolset."
+        )
+        await self.tell([(FILE_ERROR, message)])
+
+    async def _take_away(
+        self, work: Path, manifest: Manifest, resources: Sequence[Mapping[str, Any]], errors: list[tuple[str, str]]
+    ) -> None:
+        """Remove what was placed for a resource that is gone."""
+        known = {one["id"] for one in resources}
+        for resource in [one for one in manifest.placed if one not in known]:
+            try:
+                await asyncio.to_thread(trees.remove, work, manifest.placed.pop(resource))
+            except InvalidRequest as error:
+                errors.append((FILE_ERROR, error.message))
+
+    async def _sync(self, work: Path, manifest: Manifest, stores: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+        errors: list[tuple[str, str]] = []
+        for one in stores:
+            store_id = str(one["memory_store_id"])
+            slug = str(one["mount_path"]).removeprefix(f"{places.MEMORY}/")
+            mounted = Mounted(store_id, slug, read_only=one.get("access") == "read_only")
+            try:
+                agreed, told = await self._memory.sync(work, mounted, manifest.memory.get(store_id, {}))
+                manifest.memory[store_id] = agreed
+            except WrapperError as error:
+                told = [error.message]
+            errors += [(MEMORY_ERROR, f"{one['mount_path']}: {message}") for message in told]
+        return errors
+
+    async def tell(self, errors: Sequence[tuple[str, str]]) -> None:
+        """Write `session.error` events: (type, message)."""
+        if not errors:
+            return
+        books, principal, session = self._books, self._acting.principal, self._acting.session
+        events = [{"type": "session.error", "error": dict(error_event(kind, message))} for kind, message in errors]
+        try:
+            stored = await books.db.run(lambda tx: books.log.write(tx, principal, session, events))
+        except NotFound:
+            return
+        await books.log.publish(session, stored)
