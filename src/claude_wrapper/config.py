@@ -231,6 +231,12 @@ class Settings:
     turn_seconds: float | None = setting(
         None, "Longest turn; default: what the security level says.", kind="float", minimum=1
     )
+    work_lease_seconds: int = setting(
+        120,
+        "How long the worker of a self-hosted environment may be silent before its session is given to another one.",
+        kind="int",
+        minimum=2,
+    )
     # Storage
     database_url: str | None = setting(
         None, "SQLAlchemy URL (`postgresql+asyncpg://…`); default: SQLite in the data directory.", secret=True

@@ -10,9 +10,13 @@ Theirs = Mapping[str, str]
 """The other organisation's ids by kind."""
 
 
+WORKER = "worker"
+"""What the credentials of self-hosted environments' workers alone open: every API key is refused, the operator's too."""
+
+
 @dataclass(frozen=True)
 class Row:
-    """`needs` is a scope, or `open`. `body` is made of the other organisation's ids where it can name any."""
+    """`needs` is a scope, `open` or `worker`. `body` is made of the other organisation's ids where it can name any."""
 
     needs: str
     body: Callable[[Theirs], Any] | None = None
@@ -55,6 +59,12 @@ NEEDS: dict[tuple[str, str], Row] = {
     ("GET", "/v1/organizations/api_keys/{api_key_id}"): Row("read:api_keys"),
     ("POST", "/v1/organizations/api_keys/{api_key_id}"): Row("write:api_keys"),
     ("POST", "/v1/organizations/api_keys/{api_key_id}/rotate"): Row("write:api_keys"),
+    ("GET", "/v1/organizations/environment_keys"): Row("read:api_keys"),
+    ("POST", "/v1/organizations/environment_keys"): Row(
+        "write:api_keys", lambda t: {"environment_id": t["environment_id"]}, answer=(404,)
+    ),
+    ("GET", "/v1/organizations/environment_keys/{environment_key_id}"): Row("read:api_keys"),
+    ("DELETE", "/v1/organizations/environment_keys/{environment_key_id}"): Row("write:api_keys"),
     ("GET", "/v1/organizations/users"): Row("read:members"),
     ("POST", "/v1/organizations/users"): Row(
         "write:members", lambda _: {"email": "ann@example.com", "role": "viewer"}, answer=(200, 409)
@@ -150,6 +160,14 @@ NEEDS: dict[tuple[str, str], Row] = {
     ("POST", "/v1/environments/{environment_id}"): Row("write:agents"),
     ("DELETE", "/v1/environments/{environment_id}"): Row("write:agents"),
     ("POST", "/v1/environments/{environment_id}/archive"): Row("write:agents"),
+    ("GET", "/v1/environments/{environment_id}/work"): Row(WORKER),
+    ("GET", "/v1/environments/{environment_id}/work/poll"): Row(WORKER),
+    ("GET", "/v1/environments/{environment_id}/work/stats"): Row("read:agents"),
+    ("GET", "/v1/environments/{environment_id}/work/{work_id}"): Row("read:agents"),
+    ("POST", "/v1/environments/{environment_id}/work/{work_id}"): Row("write:agents", lambda _: {"metadata": {}}),
+    ("POST", "/v1/environments/{environment_id}/work/{work_id}/ack"): Row(WORKER),
+    ("POST", "/v1/environments/{environment_id}/work/{work_id}/heartbeat"): Row(WORKER),
+    ("POST", "/v1/environments/{environment_id}/work/{work_id}/stop"): Row("write:agents"),
     ("POST", "/v1/files"): Row("write:files", answer=(400,)),
     ("GET", "/v1/files"): Row("read:files"),
     ("GET", "/v1/files/{file_id}"): Row("read:files"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 from admin_world import Admin
-from routes_table import NEEDS, Row
+from routes_table import NEEDS, WORKER, Row
 from starlette.routing import BaseRoute, Mount, Route
 
 from claude_wrapper.api.admin import TABLE
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.anyio
 
 DOCUMENTS = {"/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"}
 ROLES = [str(role) for role in Role]
-ACTORS = [*ROLES, "none", "stranger", "operator"]
+WORKERS = ["environment key", "sessions token"]
+ACTORS = [*ROLES, *WORKERS, "none", "stranger", "operator"]
 
 
 def walk(routes: list[BaseRoute], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -39,12 +41,14 @@ async def test_every_route_has_a_row_and_every_row_a_route(admin: Admin) -> None
 
 
 def test_what_a_row_says_is_a_scope_and_what_the_admin_table_enforces() -> None:
-    assert {row.needs for row in NEEDS.values()} - ALL_SCOPES == {"open"}
+    assert {row.needs for row in NEEDS.values()} - ALL_SCOPES == {"open", WORKER}
     for row in TABLE:
         assert (row.scope or "open") == NEEDS[row.method, row.path].needs, row.path
 
 
 def allowed(actor: str, row: Row) -> bool:
+    if row.needs == WORKER:
+        return actor in WORKERS
     if row.needs == "open" or actor == "operator":
         return True
     return actor in ROLES and row.needs in scopes_of(Role(actor))
@@ -53,6 +57,8 @@ def allowed(actor: str, row: Row) -> bool:
 async def test_no_route_shows_or_changes_what_is_anothers(admin: Admin) -> None:
     theirs = await furnished(admin)
     keys = {role: await admin.key(role) for role in ROLES if role != "owner"} | {"owner": admin.owner}
+    ours = await worked(admin, admin.owner)
+    keys |= {"environment key": ours["environment_key"], "sessions token": ours["sessions_token"]}
     keys |= {"none": "", "stranger": "sk-cw-0123456789-" + "A" * 43, "operator": admin.as_operator()["key"]}
     before = await seen_by_their_owner(admin, theirs)
     wrong: list[str] = []
@@ -81,6 +87,8 @@ def judged(  # noqa: PLR0917
     code = code_of(answer)
     if status >= 500:
         return "the server failed"
+    if actor in WORKERS and row.needs != "open":
+        return None if status in {403, 404} else "expected a refusal"
     if row.needs != "open" and actor in {"none", "stranger"}:
         return None if status == 401 else "expected 401"
     if not allowed(actor, row):
@@ -148,14 +156,36 @@ async def furnished(admin: Admin) -> dict[str, str]:
     member = {"user_id": ids["user_id"], "workspace_role": "workspace_user"}
     await admin.post(f"/workspaces/{ids['workspace_id']}/members", member, key=key)
     ids["agent_id"] = await make("/v1/agents", {"model": "claude-sonnet-5-5", "name": "theirs"})
-    ids["environment_id"] = await make("/v1/environments", {"name": "theirs"})
+    worked_on = await worked(admin, key)
+    ids |= {name: worked_on[name] for name in ("environment_id", "environment_key_id", "work_id", "session_id")}
     ids["vault_id"] = await make("/v1/vaults", {"display_name": "theirs"})
     ids["store_id"] = await make("/v1/memory_stores", {"name": "theirs"})
     memory = {"path": "/secret.md", "content": "theirs"}
     ids["memory_id"] = await make(f"/v1/memory_stores/{ids['store_id']}/memories", memory)
-    ids["session_id"] = await make("/v1/sessions", {"agent": ids["agent_id"], "environment_id": ids["environment_id"]})
     ids["file_id"] = await uploaded(admin)
     return ids
+
+
+async def worked(admin: Admin, key: str) -> dict[str, str]:
+    """A self-hosted environment with a key, and a session that a worker holds; ids, and the worker's credentials."""
+    environment = (await admin.post("/v1/environments", {"name": "x", "config": {"type": "self_hosted"}}, key=key)).body
+    made = (await admin.post("/environment_keys", {"environment_id": environment["id"]}, key=key)).body
+    agent = (await admin.post("/v1/agents", {"model": "claude-sonnet-5-5", "name": "x"}, key=key)).body
+    new = {"agent": agent["id"], "environment_id": environment["id"]}
+    session = (await admin.post("/v1/sessions", new, key=key)).body
+    work = (await admin.get(f"/v1/environments/{environment['id']}/work/poll", key=made["secret"])).body
+    acked = await admin.post(f"/v1/environments/{environment['id']}/work/{work['id']}/ack", key=made["secret"])
+    assert acked.body["state"] == "starting", acked.body
+    assert work["data"] == {"type": "session", "id": session["id"]}
+    token = json.loads(base64.urlsafe_b64decode(work["secret"]))["sessions_token"]
+    return {
+        "environment_id": environment["id"],
+        "environment_key_id": made["id"],
+        "environment_key": made["secret"],
+        "work_id": work["id"],
+        "session_id": session["id"],
+        "sessions_token": token,
+    }
 
 
 async def uploaded(admin: Admin) -> str:

@@ -22,6 +22,7 @@ from claude_wrapper.sessions.managed import ManagedSessions
 from claude_wrapper.sessions.process import SlotProcess
 from claude_wrapper.sessions.resources.mcptokens import McpTokens
 from claude_wrapper.sessions.resources.means import ResourceMeans
+from claude_wrapper.sessions.selfhosted.queue import WorkQueue
 from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.state import SharedState
 from claude_wrapper.telemetry.metrics import Metrics
@@ -114,6 +115,7 @@ class Deps:
     authenticate: Callable[[Request], Awaitable[Principal]]
     tenants: Tenants
     sessions: ManagedSessions
+    work_queue: WorkQueue
     resources: ResourceMeans
     mcp_tokens: McpTokens
     spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]

@@ -60,7 +60,9 @@ from claude_wrapper.sessions.remotes import RemoteServers
 from claude_wrapper.sessions.resources.mcptokens import McpTokens
 from claude_wrapper.sessions.rooms import Rooms
 from claude_wrapper.sessions.runner import RunnerSettings
+from claude_wrapper.sessions.selfhosted.queue import WorkQueue
 from claude_wrapper.tenancy.principal import Principal
+from claude_wrapper.tenancy.workerring import WorkerRing
 
 log = structlog.get_logger(__name__)
 
@@ -275,6 +277,7 @@ async def running_server(
             tenants.keyring,
             operator_digest=digest(settings.admin_key) if settings.admin_key else None,
             operator=tenants.operator,
+            workers=WorkerRing(tenants.database, tenants.pepper, clock),
         )
 
         async def authenticate(request: Request) -> Principal:
@@ -299,6 +302,14 @@ async def running_server(
             direct=direct,
             credentials=credentials,
             sessions=sessions,
+            work_queue=WorkQueue(
+                tenants.database,
+                tenants.state,
+                clock,
+                tenants.pepper,
+                lease_seconds=settings.work_lease_seconds,
+                new_id=ids.new,
+            ),
             authenticate=authenticate,
             tenants=tenants,
             resources=resources,

@@ -23,12 +23,27 @@ class Keys(Protocol):
         ...
 
 
+class Workers(Protocol):
+    """Where credentials of self-hosted environments' workers are looked up."""
+
+    def knows(self, presented: str) -> bool:
+        """Whether it has the form of a worker's credential."""
+        ...
+
+    async def authenticate(self, presented: str) -> Principal:
+        """Raises AuthenticationFailed."""
+        ...
+
+
 class Authenticator:
     """From request headers to a principal."""
 
-    def __init__(self, keys: Keys, *, operator_digest: bytes | None, operator: Principal) -> None:
+    def __init__(
+        self, keys: Keys, *, operator_digest: bytes | None, operator: Principal, workers: Workers | None = None
+    ) -> None:
         """`operator_digest` is `digest(key)` of a key given by a setting; `operator` is whom it makes its bearer."""
         self._keys = keys
+        self._workers = workers
         self._operator_digest = operator_digest
         self._operator = operator
 
@@ -39,6 +54,8 @@ class Authenticator:
             raise AuthenticationFailed("an API key is needed: send `Authorization: Bearer <key>` or `x-api-key: <key>`")
         if self._operator_digest is not None and hmac.compare_digest(digest(presented), self._operator_digest):
             return self._operator
+        if self._workers is not None and self._workers.knows(presented):
+            return await self._workers.authenticate(presented)
         return await self._keys.authenticate(presented)
 
 

@@ -11,8 +11,9 @@ from claude_wrapper.errors import PermissionDenied
 from claude_wrapper.sandbox.security import SecurityPolicy
 from claude_wrapper.sessions.mcpservers import cli_tool, servers_of, shown_names
 from claude_wrapper.sessions.resources.tools import CUSTOM, built_in_policies, mcp_policy
+from claude_wrapper.sessions.selfhosted.tools import WORKER_TOOLS, worker_tools
 from claude_wrapper.sessions.spec import ConversationSpec
-from claude_wrapper.wire.managed_tools import CLIENT_PREFIX, TO_CLI
+from claude_wrapper.wire.managed_tools import CLIENT_PREFIX, SANDBOX_PREFIX, TO_CLI
 
 ALLOW: Final = "allow"
 ASK: Final = "ask"
@@ -46,7 +47,9 @@ def policy_of(agent: Mapping[str, Any]) -> Callable[[str, Any], str]:
         del tool_input
         if name.startswith(CLIENT_PREFIX):
             return ALLOW
-        if name.startswith("mcp__"):
+        if name.startswith(SANDBOX_PREFIX):
+            policy = built_in.get(TO_CLI.get(name.removeprefix(SANDBOX_PREFIX), ""))
+        elif name.startswith("mcp__"):
             if not described:
                 return ALLOW  # what a Messages caller sent with its request is what it wants to be used
             server, _, tool = name.removeprefix("mcp__").partition("__")
@@ -73,12 +76,19 @@ def setup(
     oauth: bool,
     aliases: Mapping[str, str],
     vault_ids: tuple[str, ...] = (),
+    self_hosted: bool = False,
 ) -> Setup:
-    """Raises PermissionDenied when the agent has a tool that this server's security level excludes."""
+    """Raises PermissionDenied when the agent has a tool that this server's security level excludes.
+
+    `self_hosted`: the tools that touch files and run commands are the worker's, and no such tool is in the process.
+    """
     entries = agent.get("tools") or ()
     decide = policy_of(agent)
     enabled = {TO_CLI[name] for name, policy in built_in_policies(entries).items() if policy.enabled}
-    if enabled and not security.tools:
+    if self_hosted:
+        enabled -= {TO_CLI[name] for name in WORKER_TOOLS}
+    elsewhere = worker_tools(entries) if self_hosted else ()
+    if enabled and not security.tools and not elsewhere:
         why = "; ".join(security.lowered) or f"the security level {security.level} excludes it"
         raise PermissionDenied(f"agent.tools: built-in tools are not allowed: {why}")
     # What the level excludes is not offered to the model: the other tools stay useful.
@@ -101,6 +111,7 @@ def setup(
             for one in entries
             if one.get("type") == CUSTOM
         ),
+        worker_tools=elsewhere,
     )
     model = agent["model"]
     effort = (model.get("effort") or {}).get("type", _PLAIN_EFFORT)

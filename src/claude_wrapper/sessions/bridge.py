@@ -1,8 +1,8 @@
 """MCP servers that live in this server rather than in the sandbox.
 
 The CLI speaks JSON-RPC with them over its control protocol (`mcp_message`), so that a process without any network can
-use (a) the tools that the API's caller runs itself, whose calls are parked until the caller sends the result, and
-(b) remote MCP servers, which are reached from outside the sandbox, where their secrets stay.
+use (a) the tools that the API's caller runs itself, or the worker of a self-hosted environment, whose calls are parked
+until the result is sent, and (b) remote MCP servers, which are reached from outside the sandbox, where their secrets stay.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from claude_wrapper.wire.managed import error_event
 
 CLIENT_SERVER: Final = "client"
 """Name of the in-process MCP server that offers the caller's tools: the CLI shows them as `mcp__client__NAME`."""
+SANDBOX_SERVER: Final = "sandbox"
+"""The one that offers a self-hosted environment's tools."""
 _PROTOCOL_VERSION: Final = "2025-06-18"
 _KEPT_RESULTS: Final = 256
 _WORTH_A_SECOND_TRY: Final = frozenset({Outcome.UNREACHABLE, Outcome.STATUS})
@@ -73,7 +75,7 @@ class Bridge:
     def __init__(self, connect: RemoteConnector, owner: Owner) -> None:
         self._connect = connect
         self._owner = owner
-        self._tools: list[dict[str, Any]] = []
+        self._offered: dict[str, list[dict[str, Any]]] = {CLIENT_SERVER: [], SANDBOX_SERVER: []}
         self._specs: dict[str, RemoteSpec] = {}
         self._failures: dict[str, McpFailed] = {}
         self.on_trouble: Callable[[Trouble], None] = lambda _trouble: None
@@ -84,9 +86,9 @@ class Bridge:
 
     # The caller's tools -----------------------------------------------------------------------------------------------
 
-    def offer(self, tools: Iterable[Mapping[str, Any]]) -> None:
+    def offer(self, tools: Iterable[Mapping[str, Any]], *, server: str = CLIENT_SERVER) -> None:
         """The tools of this turn's request, as the Messages API describes them."""
-        self._tools = [
+        self._offered[server] = [
             {
                 "name": tool["name"],
                 "description": tool.get("description", ""),
@@ -145,12 +147,14 @@ class Bridge:
         self._failures.clear()
         if with_client_tools:
             servers[CLIENT_SERVER] = {"type": "sdk", "name": CLIENT_SERVER}
+        if self._offered[SANDBOX_SERVER]:
+            servers[SANDBOX_SERVER] = {"type": "sdk", "name": SANDBOX_SERVER}
         return servers, frozenset(changed & servers.keys())
 
     async def handle(self, server: str, message: dict[str, Any]) -> dict[str, Any]:
         """Answer one JSON-RPC message of the CLI."""
-        if server == CLIENT_SERVER:
-            return await self._client_server(message)
+        if server in self._offered:
+            return await self._offering(server, message)
         spec = self._specs.get(server)
         if spec is None:
             return _error(message, -32601, f"no MCP server is called {server}")
@@ -182,7 +186,7 @@ class Bridge:
             self._failures.pop(server, None)
         return response
 
-    async def _client_server(self, message: dict[str, Any]) -> dict[str, Any]:
+    async def _offering(self, server: str, message: dict[str, Any]) -> dict[str, Any]:
         method = message.get("method")
         if method == "initialize":
             return _result(
@@ -190,11 +194,11 @@ class Bridge:
                 {
                     "protocolVersion": message.get("params", {}).get("protocolVersion", _PROTOCOL_VERSION),
                     "capabilities": {"tools": {"listChanged": False}},
-                    "serverInfo": {"name": CLIENT_SERVER, "version": "1"},
+                    "serverInfo": {"name": server, "version": "1"},
                 },
             )
         if method == "tools/list":
-            return _result(message, {"tools": self._tools})
+            return _result(message, {"tools": self._offered[server]})
         if method == "tools/call":
             tool_use_id = message.get("params", {}).get("_meta", {}).get("claudecode/toolUseId")
             if not tool_use_id:

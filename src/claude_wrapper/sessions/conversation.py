@@ -32,7 +32,7 @@ from claude_wrapper.errors import (
 from claude_wrapper.ids import MESSAGE, TURN
 from claude_wrapper.pool.pool import Claim
 from claude_wrapper.pool.requests import ClaimRequest, Keep, Kind
-from claude_wrapper.sessions.bridge import Bridge, Trouble
+from claude_wrapper.sessions.bridge import SANDBOX_SERVER, Bridge, Trouble
 from claude_wrapper.sessions.concluding import failure, retell, undo
 from claude_wrapper.sessions.leg import Item, Leg, Started
 from claude_wrapper.sessions.permissions import Permissions
@@ -319,6 +319,7 @@ class Conversation:
                 await bridge.close()
             bridge = self._bridge = Bridge(self._rooms.connect_remote, self.owner)
         bridge.offer(spec.client_tools)
+        bridge.offer(spec.worker_tools, server=SANDBOX_SERVER)
         permissions = Permissions(spec.allowed_tools, process.confined_to, spec.local_rules)
         process.agent.on_control = controls(permissions, bridge, turn_input.approve)
         if kind is not Kind.WARM:

@@ -25,6 +25,7 @@ from claude_wrapper.sessions.conversation import Conversation
 from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.journal import Books, SessionJournal
 from claude_wrapper.sessions.records import Session
+from claude_wrapper.sessions.selfhosted.demand import is_self_hosted
 from claude_wrapper.sessions.sessionfields import NewSession
 from claude_wrapper.sessions.spec import Content, Owner, TurnEnd, TurnInput
 from claude_wrapper.sessions.threads import note_thread
@@ -114,7 +115,14 @@ class Doors:
         oauth = credential.kind is CredentialKind.OAUTH
         security = await self._security(session.org_id)
         vault_ids = tuple(session.vault_ids)
-        return setup(session.agent, security, oauth=oauth, aliases=self._aliases, vault_ids=vault_ids)
+        return setup(
+            session.agent,
+            security,
+            oauth=oauth,
+            aliases=self._aliases,
+            vault_ids=vault_ids,
+            self_hosted=is_self_hosted(session),
+        )
 
     def holds(self, session: str) -> bool:
         """Whether this replica holds the session."""

@@ -349,17 +349,21 @@ class SessionJournal:
         books, principal, session = self._books, self._principal, self.session.id
         known = {call.tool_use_id: call for call in await records.calls_of(tx, principal, session)}
         now, events = books.clock.now(), []
+        unheard: list[dict[str, Any]] = []
         for tool_use_id, output in results:
             call = known.get(tool_use_id)
             if call is None:
                 continue
             if call.kind == "custom" and call.answered_at is None:
                 events.append({"type": "user.custom_tool_result", "custom_tool_use_id": call.event_id, **output})
+            if call.kind in records.SANDBOX_KINDS and (call.answer is None or "result" in call.answer):
+                # No worker answered it: it was denied, or the process answered in its place.
+                unheard.append({"type": "agent.tool_result", "tool_use_id": call.event_id, **output})
             await records.set_output(tx, principal, session, call, output=output, now=now)
         if events:
             events += self.running_events()
             await records.change_session(tx, principal, session, status=records.RUNNING, stop_reason=None)
-        return await books.log.write(tx, principal, session, events)
+        return await books.log.write(tx, principal, session, [*unheard, *events])
 
     async def _ask_client(self, tx: AsyncConnection) -> list[Stored]:
         """The model message is complete: does it wait for the client?"""

@@ -7,6 +7,7 @@ on this replica or on the one that holds it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Final
@@ -27,6 +28,7 @@ from claude_wrapper.sessions.records import CallRow, Filter, Session
 from claude_wrapper.sessions.resources.definitions import overridden
 from claude_wrapper.sessions.resources.values import Fields, merged_metadata
 from claude_wrapper.sessions.runner import Runner, RunnerSettings
+from claude_wrapper.sessions.selfhosted.demand import dismiss, enqueue, queue_channel, wakes
 from claude_wrapper.sessions.sessionfields import NewSession, budget_of, status_events
 from claude_wrapper.sessions.threads import note_thread
 from claude_wrapper.storage.pagination import Page, PageRequest
@@ -86,6 +88,9 @@ class ManagedSessions:
                 later = now + timedelta(microseconds=at)
                 await mounts.add(tx, principal, session_id, one, ids=books.ids, now=later)
             stored = await books.log.write(tx, principal, session_id, new.initial_events, queued=True)
+            queued = await enqueue(tx, principal, session, now=now, new_id=books.ids.new)
+        if queued:
+            await self._call_workers(session)
         await books.log.publish(session_id, stored)
         if stored:
             self.start(principal, session_id)
@@ -142,6 +147,7 @@ class ManagedSessions:
                     {"type": "session.status_terminated"},
                 ]
                 stored = await self.books.log.write(tx, principal, session, events)
+                await dismiss(tx, principal, session, now=now)
             found = await records.get_session(tx, principal, session)
         await self.books.log.publish(session, stored)
         await self._end(principal, found)
@@ -177,12 +183,24 @@ class ManagedSessions:
             _require_open(present)
             if present.origin == records.BY_MESSAGES and not present.agent.get("model"):
                 raise Conflict(f"session {session} has had no turn yet")
-            if (asker := noted(principal)) != present.asker:
+            # A worker asks for nothing: the turns are still whose they were.
+            asker_now = principal if principal.worker is None else asker_of(present)
+            if principal.worker is None and (asker := noted(principal)) != present.asker:
                 await records.change_session(tx, principal, session, asker=asker)
             stored = await self._take(tx, principal, present, events)
+            queued = wakes(events) and await enqueue(
+                tx, principal, present, now=books.clock.now(), new_id=books.ids.new
+            )
+        if queued:
+            await self._call_workers(present)
         await books.log.publish(session, stored)
-        self.start(principal, session)
+        self.start(asker_now, session)
         return [one.json() for one in stored if one.type in _ECHOED]
+
+    async def _call_workers(self, session: Session) -> None:
+        """Those that wait for work in its environment; one that does not hear of it finds it with its next poll."""
+        with contextlib.suppress(StorageUnavailable):
+            await self.books.state.publish(queue_channel(str(session.environment_id)), b"")
 
     async def _take(
         self, tx: AsyncConnection, principal: Principal, session: Session, events: Sequence[dict[str, Any]]
@@ -233,20 +251,29 @@ class ManagedSessions:
         name = "custom_tool_use_id" if kind == "user.custom_tool_result" else "tool_use_id"
         event_id = event[name]
         call = await self._call(tx, principal, session, event_id)
-        wanted = {"user.custom_tool_result": "custom", "user.tool_confirmation": "approval"}.get(kind)
         if call is None:
             raise InvalidRequest(f"there is no call {event_id[:128]!r} in this session", field=f"{field}.{name}")
-        if wanted is None or call.kind != wanted:
-            raise InvalidRequest(_WRONG_CALL.get(kind, _WRONG_CALL["user.tool_result"]), field=f"{field}.{name}")
+        if call.kind not in _ANSWERED_BY[kind]:
+            asked = kind == "user.tool_result" and call.kind == "sandbox_ask"
+            why = "waits for a user.tool_confirmation first" if asked else _WRONG_CALL[kind]
+            raise InvalidRequest(why, field=f"{field}.{name}")
         answer: dict[str, Any] = {key: value for key, value in event.items() if key in _ANSWER_FIELDS}
-        if wanted == "custom":
+        if kind != "user.tool_confirmation":
             answer = {"content": [], "is_error": False, **answer}
         now = self.books.clock.now()
-        if not await records.answer_call(tx, principal, session.id, event_id, answer=answer, now=now):
-            raise Conflict(
-                f"{field}.{name}: the call {event_id!r} was answered or cancelled already",
-                details={"error_code": "already_answered"},
+        if call.kind == "sandbox_ask" and answer.get("result") == "allow":
+            done = await records.release_call(tx, principal, session.id, event_id)
+        else:
+            done = await records.answer_call(tx, principal, session.id, event_id, answer=answer, now=now)
+        if not done:
+            message, details = (
+                f"the call {event_id!r} was answered or cancelled already",
+                {"error_code": "already_answered"},
             )
+            if kind == "user.tool_result":
+                # A worker tries a conflict again for as long as its lease lasts, and runs nothing else meanwhile.
+                raise InvalidRequest(message, field=f"{field}.{name}", details=details)
+            raise Conflict(f"{field}.{name}: {message}", details=details)
         if call.thread_id is not None:
             event = {**event, "session_thread_id": call.thread_id}
         return event
@@ -391,6 +418,11 @@ def asker_of(session: Session) -> Principal:
 
 _ANSWER_FIELDS: Final = frozenset({"content", "is_error", "result", "deny_message"})
 _ANSWERS: Final = frozenset({"user.tool_confirmation", "user.custom_tool_result", "user.tool_result"})
+_ANSWERED_BY: Final[Mapping[str, frozenset[str]]] = {
+    "user.custom_tool_result": frozenset({"custom"}),
+    "user.tool_confirmation": frozenset({"approval", "sandbox_ask"}),
+    "user.tool_result": frozenset({"sandbox"}),
+}
 _ECHOED: Final = _ANSWERS | {"user.message", "user.interrupt", "user.define_outcome", "system.message"}
 _WRONG_CALL: Final[Mapping[str, str]] = {
     "user.custom_tool_result": "is not a call of a custom tool",

@@ -35,6 +35,11 @@ STATUSES: Final = frozenset({IDLE, RUNNING, RESCHEDULING, TERMINATED})
 BY_SESSIONS: Final = "sessions"
 BY_MESSAGES: Final = "messages"
 
+CLIENT_KINDS: Final = frozenset({"custom", "sandbox", "sandbox_ask"})
+"""Kinds of calls whose results come from outside: from the API's client, or from the worker of a self-hosted environment."""
+SANDBOX_KINDS: Final = frozenset({"sandbox", "sandbox_ask"})
+"""A worker's calls; the second kind waits for a confirmation first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -260,12 +265,22 @@ class CallRow:
     event_id: str
     tool_use_id: str
     kind: str
-    """custom, approval or tool."""
+    """custom, approval, tool, sandbox or sandbox_ask."""
     thread_id: str | None
     answer: Mapping[str, Any] | None
-    """custom: `{content, is_error}`; approval: `{result, deny_message?}`; `output` once the server ran it;
+    """custom and sandbox: `{content, is_error}`; approval and a denied sandbox_ask: `{result, deny_message?}`; `output` once the server ran it;
     `{cancelled: true}` when nobody will answer any more."""
     answered_at: datetime | None
+
+    @property
+    def result(self) -> Mapping[str, Any]:
+        """What its process is given for it: `{content, is_error}`."""
+        answer = self.answer or {}
+        if answer.get("result") == "deny":
+            text = str(answer.get("deny_message") or "The user does not allow this call.")
+            return {"content": [{"type": "text", "text": text}], "is_error": True}
+        given: Mapping[str, Any] = answer.get("output", answer)
+        return given
 
 
 async def add_calls(tx: AsyncConnection, principal: Principal, session: str, calls: Sequence[Call]) -> None:
@@ -315,6 +330,18 @@ async def answer_call(
         .where(owned(principal, session_calls), session_calls.c.session_id == session)
         .where(session_calls.c.event_id == event_id, session_calls.c.answered_at.is_(None))
         .values(answer=dict(answer), answered_at=now)
+    )
+    return bool(changed.rowcount)
+
+
+async def release_call(tx: AsyncConnection, principal: Principal, session: str, event_id: str) -> bool:
+    """A person allows a worker's call: from now on its result is awaited. False if that was answered already."""
+    changed = await tx.execute(
+        sa.update(session_calls)
+        .where(owned(principal, session_calls), session_calls.c.session_id == session)
+        .where(session_calls.c.event_id == event_id, session_calls.c.kind == "sandbox_ask")
+        .where(session_calls.c.answered_at.is_(None))
+        .values(kind="sandbox")
     )
     return bool(changed.rowcount)
 

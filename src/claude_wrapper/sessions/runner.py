@@ -29,6 +29,7 @@ from claude_wrapper.sessions.spec import Message, OnDisconnect, TurnInput
 from claude_wrapper.sessions.transcript import client_view, next_turn, resumption
 from claude_wrapper.tenancy.principal import Principal
 from claude_wrapper.wire.managed import END_TURN, EXHAUSTED, error_event
+from claude_wrapper.wire.managed_tools import SANDBOX_PREFIX
 
 log = structlog.get_logger(__name__)
 
@@ -194,7 +195,9 @@ class Runner:
             await records.guard(tx, self.principal, self._session, journal.fence)
             await records.cut_messages(tx, self.principal, self._session, found.position + 1)
         self._ran = {
-            call.tool_use_id: call.answer["output"] for call in ours if call.answer and "output" in call.answer
+            call.tool_use_id: call.answer["output"]
+            for call in ours
+            if call.answer and "output" in call.answer and call.kind not in records.CLIENT_KINDS
         }
         self._delivered.clear()
         self._answers.clear()
@@ -307,9 +310,8 @@ class Runner:
                 continue
             self._delivered.add(call.tool_use_id)
             journal.given(call.tool_use_id)
-            if call.kind == "custom":
-                given = call.answer.get("output", call.answer)
-                conversation.answer_calls([{"tool_use_id": call.tool_use_id, **given}])
+            if call.kind in records.CLIENT_KINDS:
+                conversation.answer_calls([{"tool_use_id": call.tool_use_id, **call.result}])
             else:
                 future = self._future(call.tool_use_id)
                 if not future.done():
@@ -328,7 +330,7 @@ class Runner:
             verdict = made.decide(name, request.get("input"))
             if verdict == DENY:
                 return {"behavior": "deny", "message": f"The tool {name} is not enabled for this agent."}
-            if verdict == ASK:
+            if verdict == ASK and not name.startswith(SANDBOX_PREFIX):  # of those the call itself waits
                 answer = await asyncio.shield(self._future(tool_use_id))
                 if answer.get("result") != "allow":
                     reason = answer.get("deny_message") or "The user does not allow this call."

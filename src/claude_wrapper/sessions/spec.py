@@ -79,6 +79,8 @@ class ConversationSpec:
     """Which tools of a local server may be called; those that are not named: all."""
     client_tools: tuple[Mapping[str, Any], ...] = ()
     """Tools that the caller runs itself: `{name, description?, input_schema}`."""
+    worker_tools: tuple[Mapping[str, Any], ...] = ()
+    """Tools that the worker of a self-hosted environment runs, in the same form."""
     asked_tools: frozenset[str] = frozenset()
     """Tools (or `mcp__SERVER`) whose every call is asked about, also those that the CLI would let pass by itself."""
 

@@ -19,7 +19,9 @@ from claude_wrapper import ids
 from claude_wrapper.errors import ConfigurationError
 
 PREFIX = "sk-cw-"
-_SHAPE = re.compile(r"sk-cw-([0-9a-z]{1,64})-[A-Za-z0-9_-]{43}\Z")
+ENVIRONMENT_PREFIX = "sk-env-"
+"""Of the keys of self-hosted environments' workers."""
+_REST = re.compile(r"([0-9a-z]{1,64})-[A-Za-z0-9_-]{43}\Z")
 MIN_PEPPER_BYTES = 16
 
 
@@ -56,19 +58,32 @@ class MintedKey:
     hint: str
 
 
-def mint(key_id: str, pepper: Pepper, entropy: Callable[[int], bytes] = secrets.token_bytes) -> MintedKey:
+def mint(
+    key_id: str, pepper: Pepper, entropy: Callable[[int], bytes] = secrets.token_bytes, *, prefix: str = PREFIX
+) -> MintedKey:
     """A key for this identifier (`apikey_…`)."""
     lookup = key_id.partition("_")[2]
-    secret = f"{PREFIX}{lookup}-{_encode(entropy(32))}"
-    if parse(secret) is None:
+    secret = f"{prefix}{lookup}-{_encode(entropy(32))}"
+    if _lookup(secret, prefix) is None:
         raise ValueError("the identifier of a key must be lower-case letters and digits after its prefix")
-    return MintedKey(key_id, secret, pepper.digest(secret), f"{PREFIX}{lookup[:4]}...{secret[-4:]}")
+    return MintedKey(key_id, secret, pepper.digest(secret), f"{prefix}{lookup[:4]}...{secret[-4:]}")
 
 
 def parse(presented: str) -> str | None:
     """The identifier (`apikey_…`) that a presented key names, or None if it has not the shape of a key."""
-    found = _SHAPE.match(presented)
-    return f"{ids.API_KEY}_{found[1]}" if found else None
+    lookup = _lookup(presented, PREFIX)
+    return f"{ids.API_KEY}_{lookup}" if lookup else None
+
+
+def parse_environment_key(presented: str) -> str | None:
+    """The identifier (`envkey_…`) that a presented key of an environment names, or None."""
+    lookup = _lookup(presented, ENVIRONMENT_PREFIX)
+    return f"{ids.ENVIRONMENT_KEY}_{lookup}" if lookup else None
+
+
+def _lookup(presented: str, prefix: str) -> str | None:
+    found = _REST.match(presented.removeprefix(prefix)) if presented.startswith(prefix) else None
+    return found[1] if found else None
 
 
 def mint_token(entropy: Callable[[int], bytes] = secrets.token_bytes) -> str:

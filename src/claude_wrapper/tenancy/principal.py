@@ -20,6 +20,22 @@ class ActorKind(enum.StrEnum):
     API_KEY = "api_key"
     USER = "user"
     OPERATOR = "operator"
+    WORKER = "worker"
+    """A worker of a self-hosted environment, by its key or a sessions token."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGrant:
+    """What a worker's credential is for. It opens nothing by itself: its principal holds no scope until a route that
+    is made for workers has found that the request stays within the grant."""
+
+    environment: str
+    work: str | None = None
+    """The one work item of a sessions token; None: an environment key."""
+    session: str | None = None
+    generation: int | None = None
+    live: bool = True
+    """False: the item was stopped, or its lease ended; its token may only learn that."""
 
 
 _NO_LIMITS: Mapping[str, Any] = MappingProxyType({})
@@ -45,6 +61,8 @@ class Principal:
     """Whether the organisation is the operator's own: only then may the operator's upstream credential be used."""
     limits: Mapping[str, Any] = field(default_factory=lambda: _NO_LIMITS, hash=False)
     """The key's own limits, on top of those of user, workspace and organisation."""
+    worker: WorkerGrant | None = None
+    """Set for workers of self-hosted environments alone."""
 
     @property
     def actor_id(self) -> str | None:

@@ -32,7 +32,8 @@ class Call:
     event_id: str
     tool_use_id: str
     kind: str
-    """`custom` (the client runs it), `approval` (a person must allow it) or `tool`."""
+    """`custom` (the client runs it), `sandbox` (the worker of a self-hosted environment does), `sandbox_ask` (it does
+    once a person allows it), `approval` (a person must allow it) or `tool`."""
     thread_id: str | None = None
 
 
@@ -147,7 +148,10 @@ class TurnTranslator:
 
         `done`: those whose results were published, too.
         """
-        self._calls |= {one: (event, managed_tools.shown(name, None).kind) for one, (event, name) in calls.items()}
+        self._calls |= {
+            one: (event, self._recorded(managed_tools.shown(name, None), self._decide(name, None)))
+            for one, (event, name) in calls.items()
+        }
         self._done |= set(done)
 
     def close(self) -> Output:
@@ -190,8 +194,8 @@ class TurnTranslator:
         content = managed_tools.result_content(block.get("content"))
         is_error = bool(block.get("is_error", False))
         out.results.append((tool_use_id, {"content": content, "is_error": is_error}))
-        if kind == "custom":
-            return  # the client's own event is the record
+        if kind in {"custom", "sandbox"}:
+            return  # the client's own event (or the worker's) is the record
         name, target = ("agent.mcp_tool_result", "mcp_tool_use_id") if kind == "mcp" else _RESULT
         out.events.append(stream.made(name, **{target: event_id}, content=content, is_error=is_error))
 
@@ -260,11 +264,11 @@ class TurnTranslator:
         tool_input = block.get("input")
         call = managed_tools.shown(name, tool_input)
         event = stream.made(_CALLS[call.kind], name=call.name, input=call.input)
-        self._calls[tool_use_id] = (event["id"], call.kind)
         if name in _SUBAGENT_TOOLS:
             asked = _mapping(tool_input)
             self._names[tool_use_id] = str(asked.get("subagent_type") or asked.get("description") or "subagent")
         kind = self._judge(call, name, tool_input, event)
+        self._calls[tool_use_id] = (event["id"], self._recorded(call, event.get("evaluated_permission")))
         out.calls.append(Call(event["id"], tool_use_id, kind, stream.thread))
         if stream.thread is not None and kind != "tool":
             event["cross_posted"] = True  # the client answers on the session's own stream
@@ -276,7 +280,14 @@ class TurnTranslator:
         if call.server is not None:
             event["mcp_server_name"] = self._server(call.server)
         event["evaluated_permission"] = verdict = self._decide(name, tool_input)
+        if call.kind == "sandbox":
+            return {"allow": "sandbox", "ask": "sandbox_ask"}.get(verdict, "tool")
         return "approval" if verdict == "ask" else "tool"
+
+    @staticmethod
+    def _recorded(call: ToolCall, verdict: str | None) -> str:
+        """The kind that decides how its result is shown: what is denied never reaches the worker."""
+        return "tool" if call.kind == "sandbox" and verdict == "deny" else call.kind
 
     def server_result(self, stream: _Stream, block: Mapping[str, Any], out: Output) -> None:
         """The result of a tool that the model API ran itself."""
@@ -461,6 +472,7 @@ _DELTA: Final = b'{"type":"content_block_delta"'
 _RESULT: Final = ("agent.tool_result", "tool_use_id")
 _CALLS: Final[Mapping[str, str]] = {
     "custom": "agent.custom_tool_use",
+    "sandbox": "agent.tool_use",
     "mcp": "agent.mcp_tool_use",
     "tool": "agent.tool_use",
 }

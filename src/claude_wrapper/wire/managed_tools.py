@@ -12,6 +12,8 @@ from typing import Any, Final
 
 CLIENT_PREFIX: Final = "mcp__client__"
 """Tools that the API's client runs (the server's in-process MCP server `client`)."""
+SANDBOX_PREFIX: Final = "mcp__sandbox__"
+"""Tools that the worker of a self-hosted environment runs (the server's in-process MCP server `sandbox`)."""
 
 TO_CLI: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -31,7 +33,7 @@ _FROM_CLI: Final = MappingProxyType({cli: name for name, cli in TO_CLI.items()})
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of the CLI as the wire shows it. `kind`: `custom`, `mcp` or `tool`."""
+    """A call of the CLI as the wire shows it. `kind`: `custom`, `sandbox`, `mcp` or `tool`."""
 
     kind: str
     name: str
@@ -43,6 +45,8 @@ def shown(name: str, tool_input: Any) -> ToolCall:
     """What the CLI calls `name`, as Managed Agents shows it."""
     if name.startswith(CLIENT_PREFIX):
         return ToolCall("custom", name.removeprefix(CLIENT_PREFIX), tool_input)
+    if name.startswith(SANDBOX_PREFIX):
+        return ToolCall("sandbox", name.removeprefix(SANDBOX_PREFIX), tool_input)
     if name.startswith("mcp__"):
         server, _, tool = name.removeprefix("mcp__").partition("__")
         return ToolCall("mcp", tool, tool_input, server)

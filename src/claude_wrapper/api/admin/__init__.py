@@ -8,6 +8,7 @@ from claude_wrapper.api.admin import (
     apikeys,
     budgets,
     credentials,
+    environmentkeys,
     limits,
     organizations,
     people,
@@ -20,6 +21,7 @@ from claude_wrapper.api.admin.http import AdminRoute
 TABLE: tuple[AdminRoute, ...] = (
     *organizations.ROUTES,
     *apikeys.ROUTES,
+    *environmentkeys.ROUTES,
     *people.ROUTES,
     *workspaces.ROUTES,
     *credentials.ROUTES,

@@ -1,4 +1,4 @@
-"""`/v1/environments`, without the work queue of self-hosted ones."""
+"""`/v1/environments`; the work of self-hosted ones is in `work`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -13,7 +13,8 @@ from starlette.routing import Route
 from claude_wrapper.api import errors, sse
 from claude_wrapper.api.managed.resource_common import Call, answer, get, post
 from claude_wrapper.api.managed.sessions import bounds
-from claude_wrapper.errors import InvalidRequest, RateLimited
+from claude_wrapper.api.managed.workers import RESULTS
+from claude_wrapper.errors import InvalidRequest, PermissionDenied, RateLimited
 from claude_wrapper.limits import Facts
 from claude_wrapper.sessions.eventlog import Opened, Preview, SlowReader, Stored
 from claude_wrapper.storage.pagination import Position, decode_cursor, encode_cursor
@@ -30,12 +31,21 @@ _MOST: Final = 2**53
 
 async def send_events(call: Call) -> Response:
     """Messages, interrupts, confirmations and results for a session."""
-    call.deps.refuse_when_draining()
     session_id = call.id("session_id", "session")
     events = check_events(dict((await call.fields()).data))
+    _require_sendable(call, events)
     async with call.deps.tenants.admission.admit(call.principal, Facts(session=session_id)):
         written = await call.deps.sessions.send(call.principal, session_id, events)
     return answer({"data": written})
+
+
+def _require_sendable(call: Call, events: Sequence[Mapping[str, Any]]) -> None:
+    """A turn that runs gets its results also while the server is shutting down; nothing else begins then."""
+    kinds = {event["type"] for event in events}
+    if call.principal.worker is not None and not kinds <= RESULTS:
+        raise PermissionDenied(f"a worker may send {', '.join(sorted(RESULTS))} alone")
+    if not kinds <= RESULTS:
+        call.deps.refuse_when_draining()
 
 
 async def list_events(call: Call) -> Response:

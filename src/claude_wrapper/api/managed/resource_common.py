@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from claude_wrapper.api.bodies import read_body
+from claude_wrapper.api.managed.workers import within_grant
 from claude_wrapper.api.state import Deps, deps_of
 from claude_wrapper.errors import InvalidRequest
 from claude_wrapper.ids import well_formed
@@ -143,7 +144,7 @@ def _route(method: str, path: str, handler: Handler) -> Route:
     async def endpoint(request: Request) -> Response:
         deps = deps_of(request)
         # Who asks is settled before anything of the request is read.
-        principal = await deps.authenticate(request)
+        principal = await within_grant(request, deps, await deps.authenticate(request), (method, path))
         return await handler(Call(request, deps, principal, deps.scribe(request), Query(request)))
 
     return Route(path, endpoint, methods=[method])

@@ -6,11 +6,12 @@ from typing import Final
 
 from starlette.routing import Route
 
-from claude_wrapper.api.managed import agents, environments, files, memory, skills, vaults
+from claude_wrapper.api.managed import agents, environments, files, memory, skills, vaults, work
 
 RESOURCE_ROUTES: Final[tuple[Route, ...]] = (
     *agents.ROUTES,
     *environments.ROUTES,
+    *work.ROUTES,
     *files.ROUTES,
     *vaults.ROUTES,
     *skills.ROUTES,

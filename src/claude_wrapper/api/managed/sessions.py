@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final
 
@@ -46,7 +47,7 @@ async def create_session(call: Call) -> Response:
         complete = await mounts.check(tx, call.principal, mounted, call.deps.clock)
         wire = environment.to_wire()
         if wire["config"].get("type") == "self_hosted":
-            raise InvalidRequest("self-hosted environments cannot run sessions here yet", field="environment_id")
+            _require_mountable(mounted)
         vault_ids = tuple(id_of(one, path, "vlt") for one, path in fields.items("vault_ids", most=MAX_VAULTS))
         await require_usable(tx, call.principal, vault_ids, "vault_ids")
         given = fields.data.get("initial_events")
@@ -83,6 +84,16 @@ async def _agent(tx: AsyncConnection, call: Call, fields: Fields) -> dict[str, A
         raise Conflict(f"agent {found.id} is archived and starts no sessions")
     snapshot = found.snapshot()
     return overridden(snapshot, asked) if asked is not None else snapshot
+
+
+def _require_mountable(mounted: Sequence[mounts.Mount]) -> None:
+    """The official worker puts memory stores into its directory, and nothing else."""
+    for one in mounted:
+        if one.type != "memory_store":
+            raise InvalidRequest(
+                f"a {one.type} cannot be mounted into a self-hosted environment: its worker mounts memory stores alone",
+                field=f"{one.path}.type",
+            )
 
 
 async def get_session(call: Call) -> Response:

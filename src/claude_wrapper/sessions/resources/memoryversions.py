@@ -37,7 +37,9 @@ class Actor:
 
 
 def actor_of(principal: Principal) -> Actor:
-    """A caller of the API: a key or a person."""
+    """A caller of the API: a key, a person, or a session through its worker."""
+    if principal.worker is not None and principal.worker.session is not None:
+        return Actor("session_actor", principal.worker.session)
     if principal.actor_kind is ActorKind.USER or principal.key_id is None:
         return Actor("user_actor", principal.user_id or "")
     return Actor("api_actor", principal.key_id)

@@ -100,7 +100,7 @@ session_calls = sa.Table(
     sa.Column("event_id", sa.String(ID_LENGTH), primary_key=True),
     org_column(),
     sa.Column("tool_use_id", sa.String(ID_LENGTH), nullable=False),  # the model's id
-    sa.Column("kind", sa.String(16), nullable=False),  # custom | approval | tool
+    sa.Column("kind", sa.String(16), nullable=False),  # custom | approval | tool | sandbox | sandbox_ask
     sa.Column("thread_id", sa.String(ID_LENGTH), nullable=True),
     json_column("answer"),  # what the client (or the tool) said; null while it is awaited
     time_column("answered_at", nullable=True),
