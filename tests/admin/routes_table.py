@@ -173,6 +173,8 @@ NEEDS: dict[tuple[str, str], Row] = {
     ("GET", "/v1/files/{file_id}"): Row("read:files"),
     ("DELETE", "/v1/files/{file_id}"): Row("write:files"),
     ("GET", "/v1/files/{file_id}/content"): Row("read:files"),
+    ("GET", "/v1/mcp/servers"): Row("read:agents"),
+    ("POST", "/v1/mcp/probe"): Row("write:sessions", lambda _: {"url": "https://192.0.2.1/mcp"}),
     ("POST", "/v1/vaults"): Row("write:vaults", lambda _: {"display_name": "x"}),
     ("GET", "/v1/vaults"): Row("read:vaults"),
     ("GET", "/v1/vaults/{vault_id}"): Row("read:vaults"),

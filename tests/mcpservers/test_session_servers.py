@@ -73,6 +73,17 @@ def errors(events: list[Any]) -> list[tuple[str, str, str]]:
     ]
 
 
+async def known(server: Running) -> list[dict[str, Any]]:
+    async with server.http.get("/v1/mcp/servers") as response:
+        return (await response.json())["data"]
+
+
+async def probed(server: Running, **body: Any) -> dict[str, Any]:
+    async with server.http.post("/v1/mcp/probe", json=body) as response:
+        assert response.status == 200, await response.text()
+        return await response.json()
+
+
 async def test_a_vaults_bearer_reaches_its_server_and_nothing_else(
     client: AsyncAnthropic, server: Running, far: Far, reachable_tmp_path: Path
 ) -> None:
@@ -137,6 +148,14 @@ async def test_a_server_that_cannot_be_used_is_an_event_and_the_others_go_on(
     assert [one[2] for one in found if one[1] == "gone"] == ["retrying", "exhausted"]
     assert {one[0] for one in found if one[1] == "gone"} == {"mcp_connection_failed_error"}
     assert len(found) == 3
+    status = {one["name"]: one for one in await known(server)}
+    assert {name: one["status"] for name, one in status.items()} == {
+        "docs": "connected",
+        "denied": "needs_auth",
+        "gone": "failed",
+    }
+    assert (status["docs"]["tools"], status["docs"]["server_info"]["name"]) == (["echo", "shout"], "far")
+    assert "reached" in status["gone"]["problem"]
     # The next turn tries again, and a credential that came meanwhile is found.
     await client.beta.vaults.credentials.create(
         good, auth={"type": "static_bearer", "token": "good", "mcp_server_url": f"{far.url}/other"}
@@ -144,17 +163,35 @@ async def test_a_server_that_cannot_be_used_is_an_event_and_the_others_go_on(
     again = await turn(client, session.id, call("mcp__denied__echo", "now"))
     assert "echo #2: now" in texts(again)[0]
     assert {one[1] for one in errors(again)} == {"gone"}
+    probes = [{"vault_ids": [good]}, {"authorization_token": "good"}, {"headers": {"Authorization": "Bearer x"}}, {}]
+    found = [await probed(server, url=f"{far.url}/mcp", **body) for body in probes]
+    assert [one["credential"] for one in found] == ["sent", "sent", "refused", "required"]
+    assert [one["status"] for one in found] == ["connected", "connected", "needs_auth", "needs_auth"]
+    assert [len(one["tools"]) for one in found] == [2, 2, 0, 0]
+    assert len(await known(server)) == 3, "a probe is not one of the organisation's servers"
 
 
 async def test_only_enabled_tools_are_offered_and_can_be_called(
     client: AsyncAnthropic, server: Running, far: Far
 ) -> None:
-    session = await session_with(client, {"docs": f"{far.url}/mcp"}, configs=[{"name": "shout", "enabled": False}])
+    configs = [{"name": "shout", "enabled": False}, {"name": "echo", **ALLOWED, "cache_ttl_seconds": 600}]
+    session = await session_with(client, {"docs": f"{far.url}/mcp"}, configs=configs)
     await turn(client, session.id, call("mcp__docs__shout", "no"))
     tools = {tool["name"] for tool in server.upstream.requests[-1].body["tools"]}
     assert "mcp__docs__echo" in tools
     assert "mcp__docs__shout" not in tools
     assert far.calls["shout"] == 0
+    # A result that its configuration allows to be kept is given again, in other sessions too, and the event says so.
+    other_session = await session_with(client, {"docs": f"{far.url}/mcp"}, configs=configs)
+    hits = []
+    for one in (session, session, other_session):
+        events = await turn(client, one.id, call("mcp__docs__echo", "kept"))
+        assert "echo #1: kept" in texts(events)[0]
+        hits += [getattr(event, "cache_hit", False) for event in events if event.type == "agent.mcp_tool_result"]
+    assert hits == [False, True, True]
+    metrics = await (await server.http.get("/metrics")).text()
+    assert 'cache_requests_total{cache="tool",outcome="hit"} 2.0' in metrics
+    assert 'mcp_calls_total{outcome="ok",step="call"} 1.0' in metrics
     # The session's own servers and tools take the agent's place, also under the same name.
     async with far_server() as other:
         other.tools[0]["description"] = "the other one"

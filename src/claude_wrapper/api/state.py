@@ -20,6 +20,7 @@ from claude_wrapper.sandbox.security import SecurityLevels, SecurityPolicy
 from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.managed import ManagedSessions
 from claude_wrapper.sessions.process import SlotProcess
+from claude_wrapper.sessions.remotes import RemoteServers
 from claude_wrapper.sessions.resources.mcptokens import McpTokens
 from claude_wrapper.sessions.resources.means import ResourceMeans
 from claude_wrapper.sessions.selfhosted.queue import WorkQueue
@@ -118,6 +119,7 @@ class Deps:
     work_queue: WorkQueue
     resources: ResourceMeans
     mcp_tokens: McpTokens
+    remotes: RemoteServers
     spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     security: Callable[[str], Awaitable[SecurityPolicy]]
     """What an organisation's agents may do."""

@@ -26,6 +26,7 @@ from claude_wrapper.api.app import create_app
 from claude_wrapper.api.credentials import UpstreamCredentials
 from claude_wrapper.api.reports import security_report
 from claude_wrapper.api.state import ApiSettings, Deps
+from claude_wrapper.app.caching import TOOL
 from claude_wrapper.app.orgsettings import OrgSecurity, OrgSettings
 from claude_wrapper.app.replica import named, running_replica
 from claude_wrapper.app.resources import purge_expired_files, resource_means
@@ -61,6 +62,7 @@ from claude_wrapper.sessions.resources.mcptokens import McpTokens
 from claude_wrapper.sessions.rooms import Rooms
 from claude_wrapper.sessions.runner import RunnerSettings
 from claude_wrapper.sessions.selfhosted.queue import WorkQueue
+from claude_wrapper.sessions.serverbook import ServerBook
 from claude_wrapper.tenancy.principal import Principal
 from claude_wrapper.tenancy.workerring import WorkerRing
 
@@ -218,6 +220,9 @@ async def running_server(
             settings, data_dir, tenants, clock, ids, permitted=_networks(settings.private_networks)
         )
         mcp_tokens = McpTokens(resources, clock, tenants.state, ids)
+        remotes = RemoteServers(
+            broker.mcp_bridge, mcp_tokens, ServerBook(tenants.database, clock), tenants.caches.named(TOOL)
+        )
         keeper = _Keeper()
         pool: Pool[SlotProcess] = Pool(
             _pool_settings(settings, policy),
@@ -232,7 +237,7 @@ async def running_server(
                 pool=pool,
                 clock=clock,
                 ids=ids,
-                connect_remote=RemoteServers(broker.mcp_bridge, mcp_tokens),
+                connect_remote=remotes,
                 spawn=tasks.spawn,
                 max_queued_turns=settings.max_queued_turns,
                 kept_dir=data_dir / "kept",
@@ -314,6 +319,7 @@ async def running_server(
             tenants=tenants,
             resources=resources,
             mcp_tokens=mcp_tokens,
+            remotes=remotes,
             spawn=tasks.spawn,
             security=security.policy,
             security_levels=levels,

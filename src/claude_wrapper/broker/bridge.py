@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from claude_wrapper.broker.inject import Headers
+from claude_wrapper.broker.legacysse import LegacyStream
 from claude_wrapper.broker.mcp import McpAsk, McpClient, McpServer, as_mapping
 from claude_wrapper.broker.upstream import Answer, UpstreamFailure
 from claude_wrapper.errors import CredentialMissing, NotFound, PermissionDenied, WrapperError
@@ -29,6 +30,8 @@ _QUICK: Final = frozenset({"initialize", "tools/list", "resources/list", "prompt
 _QUESTIONS: Final = 16
 """Requests of the server that are answered while it answers one of ours."""
 _DISCARDED: Final = 64 * 1024
+_NOT_STREAMABLE: Final = frozenset({404, 405})
+"""What servers of before Streamable HTTP say to a message at the URL of their listening stream."""
 
 
 class Outcome(enum.StrEnum):
@@ -76,6 +79,7 @@ class McpBridge:
         self._session: str | None = None
         self._protocol: str | None = None
         self._hello: Mapping[str, Any] | None = None
+        self._legacy: LegacyStream | None = None
 
     @property
     def protocol(self) -> str | None:
@@ -103,6 +107,9 @@ class McpBridge:
 
     async def close(self) -> None:
         """Tell the server that the conversation is over; bounded, and never raises for what the server does."""
+        if self._legacy is not None:
+            await self._legacy.close()
+            self._legacy = None
         if self._session is None:
             return
         try:
@@ -149,9 +156,15 @@ class McpBridge:
     async def _once(self, message: Mapping[str, Any], method: str) -> dict[str, Any] | None:
         if method == "initialize":
             self._session = self._protocol = None
+            if self._server.legacy:
+                return await self._begin_legacy(message)
+        if self._legacy is not None:
+            return await self._legacy.ask(message)
         wants_answer = "id" in message and "method" in message
         answer = await self._client.ask(self._server, McpAsk("POST", self._headers(), msgspec.json.encode(message)))
         try:
+            if method == "initialize" and answer.status in _NOT_STREAMABLE:
+                return await self._begin_legacy(message, instead=answer)
             await self._check(answer)
             self._session = answer.headers.get("mcp-session-id") or self._session
             if not wants_answer:
@@ -167,6 +180,22 @@ class McpBridge:
             version = as_mapping(response["result"]).get("protocolVersion")
             self._protocol = version if isinstance(version, str) and version.isprintable() else None
             self._hello = dict(message)
+        return response
+
+    async def _begin_legacy(self, message: Mapping[str, Any], instead: Answer | None = None) -> dict[str, Any] | None:
+        """The transport of before Streamable HTTP, for a server that has `instead` refused a message at its URL."""
+        if self._legacy is not None:
+            await self._legacy.close()
+        self._legacy = legacy = LegacyStream(self._client, self._server)
+        answer = await legacy.open()
+        if answer.status != 200 or not answer.is_stream:
+            self._legacy = None
+            await legacy.close()
+            await self._check(instead or answer)
+            raise McpFailed(Outcome.PROTOCOL, "does not open a listening stream")
+        response = await legacy.ask(message)
+        version = as_mapping((response or {}).get("result")).get("protocolVersion")
+        self._protocol = version if isinstance(version, str) and version.isprintable() else None
         return response
 
     async def _check(self, answer: Answer) -> None:

@@ -68,6 +68,8 @@ class McpServer:
     listen_seconds: float = 3600.0
     """Time that a listening stream (GET) stays open; clients connect anew."""
     max_answer_bytes: int = 16 * 1024 * 1024
+    legacy: bool = False
+    """Speaks the transport of 2024-11-05; one that turns out to is found out."""
 
 
 @dataclass(frozen=True, slots=True)

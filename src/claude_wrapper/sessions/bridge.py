@@ -30,8 +30,9 @@ _WORTH_A_SECOND_TRY: Final = frozenset({Outcome.UNREACHABLE, Outcome.STATUS})
 class RemoteServer(Protocol):
     """A connection to one remote MCP server."""
 
-    async def exchange(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Send one JSON-RPC message; its response, or None for a notification. Raises McpFailed."""
+    async def exchange(self, message: Mapping[str, Any], *, reused: Callable[[], None]) -> dict[str, Any] | None:
+        """Send one JSON-RPC message; its response, or None for a notification. Raises McpFailed. `reused` is called
+        when a kept answer is given."""
         ...
 
     async def close(self) -> None:
@@ -77,9 +78,12 @@ class Bridge:
         self._owner = owner
         self._offered: dict[str, list[dict[str, Any]]] = {CLIENT_SERVER: [], SANDBOX_SERVER: []}
         self._specs: dict[str, RemoteSpec] = {}
-        self._failures: dict[str, McpFailed] = {}
+        self._failures: dict[str, tuple[McpFailed, bool]] = {}
+        """Servers that could not be connected to in this turn, and whether that is to be tried once more."""
         self.on_trouble: Callable[[Trouble], None] = lambda _trouble: None
         """Told of each failure of a remote server."""
+        self.on_reused: Callable[[str], None] = lambda _tool_use_id: None
+        """Told of each call that a kept result answers."""
         self._remotes: dict[str, RemoteServer] = {}
         self._calls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._expected: set[str] = set()
@@ -166,25 +170,30 @@ class Bridge:
 
     async def _remote(self, server: str, spec: RemoteSpec, message: Mapping[str, Any]) -> dict[str, Any] | None:
         method = message.get("method")
-        before = self._failures.get(server)
-        if before is not None and (method != "initialize" or before.outcome not in _WORTH_A_SECOND_TRY):
+        before, again = self._failures.get(server, (None, True))
+        if before is not None and not (again and method == "initialize"):
             raise before  # the turn goes on without it; the next turn tries again
         try:
             remote = self._remotes.get(server)
             if remote is None:
                 remote = self._remotes[server] = await self._connect.connect(self._owner, spec)
-            response = await remote.exchange(message)
+            response = await remote.exchange(message, reused=lambda: self._reused(message))
         except McpFailed as failed:
             connecting = method in {"initialize", "tools/list"}
             again = method == "initialize" and before is None and failed.outcome in _WORTH_A_SECOND_TRY
             if connecting:
-                self._failures[server] = failed
+                self._failures[server] = (failed, again)
             if connecting or failed.outcome is not Outcome.TOO_LARGE:
                 self.on_trouble(Trouble(spec.name, failed.outcome, failed.problem, final=not again))
             raise
         if method == "initialize":
             self._failures.pop(server, None)
         return response
+
+    def _reused(self, message: Mapping[str, Any]) -> None:
+        tool_use_id = message.get("params", {}).get("_meta", {}).get("claudecode/toolUseId")
+        if tool_use_id:
+            self.on_reused(str(tool_use_id))
 
     async def _offering(self, server: str, message: dict[str, Any]) -> dict[str, Any]:
         method = message.get("method")

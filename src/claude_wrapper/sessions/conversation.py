@@ -328,7 +328,7 @@ class Conversation:
             resumed, self.resume = self.resume is not None and turn_input.replay is None, None
             if not resumed:
                 await give_past(process, turn_input)
-        bridge.on_trouble = self._mcp_trouble
+        bridge.on_trouble, bridge.on_reused = self._mcp_trouble, self._mcp_reused
         await set_up(process, bridge, turn_input)
         self.process = process
 
@@ -467,6 +467,10 @@ class Conversation:
         log.info("mcp.failed", session=self.session, server=trouble.server, outcome=str(trouble.outcome))
         if self.journal is not None:
             self.journal.note(trouble.event())
+
+    def _mcp_reused(self, tool_use_id: str) -> None:
+        if self.journal is not None:
+            self.journal.reused(tool_use_id)
 
     def _caller_gone(self, leg: Leg, task: asyncio.Task[None] | None) -> None:
         running = self._running

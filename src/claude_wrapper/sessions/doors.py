@@ -255,6 +255,10 @@ class _FirstTurn:
         if self._journal is not None:
             self._journal.note(event)
 
+    def reused(self, tool_use_id: str) -> None:
+        if self._journal is not None:
+            self._journal.reused(tool_use_id)
+
     async def end(self, end: TurnEnd) -> None:
         if self._journal is not None:
             await self._journal.end(end)

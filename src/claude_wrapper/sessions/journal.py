@@ -233,6 +233,11 @@ class SessionJournal:
             self._waiting.append((output, None))
             self._write_behind()
 
+    def reused(self, tool_use_id: str) -> None:
+        """The result of this call, when it comes, is marked as one that was kept."""
+        if self._turn is not None:
+            self._turn.translator.reused.add(tool_use_id)
+
     def given(self, tool_use_id: str) -> None:
         """The process has been given the client's answer to this call."""
         if self._turn is not None:

@@ -29,6 +29,7 @@ from claude_wrapper.sessions.resources.definitions import overridden
 from claude_wrapper.sessions.resources.values import Fields, merged_metadata
 from claude_wrapper.sessions.runner import Runner, RunnerSettings
 from claude_wrapper.sessions.selfhosted.demand import dismiss, enqueue, queue_channel, wakes
+from claude_wrapper.sessions.serverbook import know
 from claude_wrapper.sessions.sessionfields import NewSession, budget_of, status_events
 from claude_wrapper.sessions.threads import note_thread
 from claude_wrapper.storage.pagination import Page, PageRequest
@@ -83,6 +84,7 @@ class ManagedSessions:
             await records.insert_session(tx, {**new.row(principal, session_id, thread, now), "asker": asker})
             session = await records.get_session(tx, principal, session_id)
             await note_thread(tx, principal, session, thread, name=session.agent_name, status=records.IDLE, now=now)
+            await know(tx, principal, session.agent.get("mcp_servers") or (), now)
             for at, one in enumerate(new.mounts):
                 # Listed by age: a moment apart, they stay in the order in which they were given.
                 later = now + timedelta(microseconds=at)

@@ -6,20 +6,27 @@ the process nor an event nor a log sees it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+import msgspec
 import structlog
 
 from claude_wrapper.broker.bridge import McpBridge, McpFailed, Outcome, error_response
 from claude_wrapper.broker.mcp import FixedHeaders, McpCredential, McpServer, as_mapping
 from claude_wrapper.errors import WrapperError
 from claude_wrapper.sessions.mcpservers import MAX_TOOLS, Offered, RemoteSpec, offered
+from claude_wrapper.sessions.resources.mcptokens import StoredMcpCredential
+from claude_wrapper.sessions.resources.toolauth import plain_url
 from claude_wrapper.sessions.resources.vaults import READ as READ_VAULTS
 from claude_wrapper.sessions.resources.vaults import WRITE as WRITE_VAULTS
 from claude_wrapper.sessions.spec import Owner
+from claude_wrapper.storage.cache import Computed, cache_key
+from claude_wrapper.storage.cache import Outcome as CacheOutcome
 from claude_wrapper.tenancy.principal import ActorKind, Principal
 from claude_wrapper.tenancy.scopes import Role
+from claude_wrapper.vault.sealedcache import SealedCache
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +40,9 @@ OpenBridge = Callable[[McpServer], McpBridge]
 class Vaults(Protocol):
     """Where credentials come from (`McpTokens`)."""
 
-    async def credential_for(self, principal: Principal, vault_ids: tuple[str, ...], url: str) -> McpCredential | None:
+    async def credential_for(
+        self, principal: Principal, vault_ids: tuple[str, ...], url: str
+    ) -> StoredMcpCredential | None:
         """The credential of the first vault that has one for this server."""
         ...
 
@@ -63,40 +72,61 @@ class NobodyLooks:
 class RemoteServers:
     """Connects conversations to their servers."""
 
-    def __init__(self, open_bridge: OpenBridge, vaults: Vaults, seen: Seen | None = None) -> None:
+    def __init__(
+        self, open_bridge: OpenBridge, vaults: Vaults, seen: Seen | None = None, cache: SealedCache | None = None
+    ) -> None:
+        """`cache` keeps results of tools whose configuration asks for it; None: they are always asked for."""
         self._open_bridge = open_bridge
         self._vaults = vaults
         self._seen = seen or NobodyLooks()
+        self._cache = cache
 
     async def connect(self, owner: Owner, spec: RemoteSpec) -> Remote:
         """A connection that has not been used yet. Raises McpFailed when the credential cannot be had."""
         credential: McpCredential | None = FixedHeaders(spec.headers) if spec.headers else None
+        identity = repr(sorted(spec.headers.items())) if spec.headers else ""
         if spec.vault_ids:
             try:
                 found = await self._vaults.credential_for(acting(owner), spec.vault_ids, spec.url)
             except WrapperError as error:
                 raise McpFailed(Outcome.UNREACHABLE, f"its credential cannot be read: {error.message}") from error
-            credential = found or credential
-        server = McpServer(name=spec.name, url=spec.url, credential=credential)
-        return Remote(self._open_bridge(server), spec, owner, self._seen)
+            if found is not None:
+                credential, identity = found, found.identity
+        server = McpServer(name=spec.name, url=spec.url, credential=credential, legacy=spec.legacy)
+        kept = Kept(self._cache, owner.org, spec, identity) if self._cache is not None else None
+        return Remote(self._open_bridge(server), spec, owner, self._seen, kept, has_credential=credential is not None)
 
 
 class Remote:
     """A conversation's connection to one server, as the CLI sees it: tools only, and only those that are offered."""
 
-    def __init__(self, bridge: McpBridge, spec: RemoteSpec, owner: Owner, seen: Seen) -> None:
+    def __init__(
+        self,
+        bridge: McpBridge,
+        spec: RemoteSpec,
+        owner: Owner,
+        seen: Seen,
+        kept: Kept | None = None,
+        *,
+        has_credential: bool = False,
+    ) -> None:
         self.spec = spec
+        self.has_credential = has_credential
         self._bridge = bridge
         self._owner = owner
         self._seen = seen
+        self._kept = kept
         self._server: dict[str, str] = {}
         self._has_tools = False
 
-    async def exchange(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The answer to a message of the CLI; None for a notification. Raises McpFailed."""
+    async def exchange(
+        self, message: Mapping[str, Any], *, reused: Callable[[], None] = lambda: None
+    ) -> dict[str, Any] | None:
+        """The answer to a message of the CLI; None for a notification. Raises McpFailed. `reused` is called when the
+        answer was given before, to whomever."""
         method = message.get("method")
         if method == "tools/call":
-            return await self._call(message)
+            return await self._call(message, reused)
         if method in {"initialize", "tools/list"}:
             try:
                 return await (self._initialize(message) if method == "initialize" else self._list(message))
@@ -159,17 +189,62 @@ class Remote:
                 break
         return offered(raw, self.spec.rules)
 
-    async def _call(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+    async def _call(self, message: Mapping[str, Any], reused: Callable[[], None]) -> dict[str, Any] | None:
         params = as_mapping(message.get("params"))
         tool = str(params.get("name"))
         if not self.spec.rules.allows(tool):
             return error_response(message, f"the tool {tool[:_NAME]} of {self.spec.name} is not enabled", -32602)
         # What the CLI adds for us (`_meta`) is not the server's business.
         asked = {name: value for name, value in params.items() if name != "_meta"}
-        answer = await self._bridge.exchange({**message, "params": asked})
+        seconds = self.spec.rules.kept_seconds.get(tool)
+        if self._kept is None or not seconds or "id" not in message:
+            return await self._forward({**message, "params": asked})
+        found = await self._kept.or_ask(asked, seconds, lambda: self._forward({**message, "params": asked}))
+        if found.reused:
+            reused()
+        return {"jsonrpc": "2.0", "id": message["id"], **found.body}
+
+    async def _forward(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+        answer = await self._bridge.exchange(message)
         if answer is not None and not isinstance(answer.get("result", {}), Mapping):
             raise McpFailed(Outcome.PROTOCOL, "gave a result that is no object")
         return answer
+
+
+@dataclass(frozen=True, slots=True)
+class Reusable:
+    """A call's answer: `result` or `error`, and whether the server was spared."""
+
+    body: Mapping[str, Any]
+    reused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Kept results of one server, as its organisation sees it with one credential: what one credential may see is not
+    shown under another."""
+
+    cache: SealedCache
+    org: str
+    spec: RemoteSpec
+    identity: str = field(repr=False)
+
+    async def or_ask(
+        self, asked: Mapping[str, Any], seconds: float, ask: Callable[[], Awaitable[Mapping[str, Any] | None]]
+    ) -> Reusable:
+        """The kept answer to this call, or the server's, which is kept if it is no error. Raises McpFailed."""
+
+        async def compute() -> Computed:
+            answer = await ask() or {}
+            body = {part: answer[part] for part in ("result", "error") if part in answer}
+            good = "result" in body and not body["result"].get("isError")
+            return Computed(msgspec.json.encode(body), keep=good)
+
+        key = cache_key(
+            "mcp", plain_url(self.spec.url), self.identity, msgspec.json.encode(asked, order="deterministic")
+        )
+        found = await self.cache.get_or_compute(self.org, key, seconds, compute)
+        return Reusable(msgspec.json.decode(found.value), found.outcome in {CacheOutcome.HIT, CacheOutcome.JOINED})
 
 
 def acting(owner: Owner) -> Principal:

@@ -159,6 +159,10 @@ class Journal(Protocol):
         """Something happened around the process: an event without its id. Dropped when no turn runs."""
         ...
 
+    def reused(self, tool_use_id: str) -> None:
+        """A kept result answers this call of an MCP tool."""
+        ...
+
     async def end(self, end: TurnEnd) -> None:
         """The turn is over; nothing may begin before this returns."""
         ...

@@ -120,7 +120,9 @@ def _from_list(entry: Mapping[str, Any], path: str) -> McpServer:
             raise InvalidRequest("must be a string", field=f"{path}.authorization_token")
         headers["Authorization"] = f"Bearer {token}"
     url = _url(_string(entry, "url", path), f"{path}.url")
-    return McpServer(name, "http", url=url, headers=_headers(headers, path), **_tool_configuration(entry, path))
+    return McpServer(
+        name, "http", url=url, headers=check_headers(headers, f"{path}.headers"), **_tool_configuration(entry, path)
+    )
 
 
 def _tool_configuration(entry: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -162,7 +164,7 @@ def _from_map(name: str, entry: Mapping[str, Any], path: str) -> McpServer:
         return McpServer(name, "stdio", command=command, args=args, env=env, **tools)
     if isinstance(kind, str) and kind in _REMOTE:
         url = _url(_string(entry, "url", path), f"{path}.url")
-        headers = _headers(_strings(entry, "headers", path), path)
+        headers = check_headers(_strings(entry, "headers", path), f"{path}.headers")
         return McpServer(name, _REMOTE[kind], url=url, headers=headers, **_tool_configuration(entry, path))
     raise InvalidRequest(f"is {kind!r}; must be stdio, http, sse or (in a list) url", field=f"{path}.type")
 
@@ -201,10 +203,11 @@ def _string_list(value: Any, path: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _headers(headers: dict[str, str], path: str) -> dict[str, str]:
+def check_headers(headers: dict[str, str], path: str) -> dict[str, str]:
+    """Headers that can be sent. Raises InvalidRequest."""
     for name, value in headers.items():
         if not _HEADER.match(name) or any(mark in value for mark in "\r\n\0"):
-            raise InvalidRequest("is not a valid HTTP header", field=f"{path}.headers.{name}")
+            raise InvalidRequest("is not a valid HTTP header", field=f"{path}.{name}")
     return headers
 
 

@@ -115,6 +115,8 @@ class TurnTranslator:
         self._done: set[str] = set()
         self._failed_servers: set[str] = set()
         self._servers = servers or {}
+        self.reused: set[str] = set()
+        """The model's ids of calls of MCP tools that a kept result answers."""
         self._notice = ""
 
     @property
@@ -197,7 +199,8 @@ class TurnTranslator:
         if kind in {"custom", "sandbox"}:
             return  # the client's own event (or the worker's) is the record
         name, target = ("agent.mcp_tool_result", "mcp_tool_use_id") if kind == "mcp" else _RESULT
-        out.events.append(stream.made(name, **{target: event_id}, content=content, is_error=is_error))
+        more = {"cache_hit": True} if kind == "mcp" and tool_use_id in self.reused else {}
+        out.events.append(stream.made(name, **{target: event_id}, content=content, is_error=is_error, **more))
 
     def _end_child(self, tool_use_id: str, out: Output) -> None:
         child = self._children.pop(tool_use_id, None)

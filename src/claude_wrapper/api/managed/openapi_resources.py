@@ -13,6 +13,7 @@ _TAGS: Final[Mapping[str, str]] = {
     "agents": "Agents",
     "environments": "Environments",
     "files": "Files",
+    "mcp": "MCP servers",
     "vaults": "Vaults",
     "skills": "Skills",
     "memory_stores": "Memory stores",

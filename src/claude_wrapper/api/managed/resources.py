@@ -6,7 +6,7 @@ from typing import Final
 
 from starlette.routing import Route
 
-from claude_wrapper.api.managed import agents, environments, files, memory, skills, vaults, work
+from claude_wrapper.api.managed import agents, environments, files, mcp, memory, skills, vaults, work
 
 RESOURCE_ROUTES: Final[tuple[Route, ...]] = (
     *agents.ROUTES,
@@ -14,6 +14,7 @@ RESOURCE_ROUTES: Final[tuple[Route, ...]] = (
     *work.ROUTES,
     *files.ROUTES,
     *vaults.ROUTES,
+    *mcp.ROUTES,
     *skills.ROUTES,
     *memory.ROUTES,
 )

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from claude_wrapper.errors import Conflict, InvalidRequest, NotFound
 from claude_wrapper.sessions.resources.definitions import LATEST, changed_definition, new_definition
 from claude_wrapper.sessions.resources.values import Fields, missing, wire_time
+from claude_wrapper.sessions.serverbook import know
 from claude_wrapper.storage.dialects import for_update
 from claude_wrapper.storage.pagination import Page, PageRequest, fetch_page
 from claude_wrapper.storage.tables.resources import agent_versions, agents, skill_versions, skills
@@ -189,6 +190,7 @@ async def _add_version(
             created_at=scribe.now(),
         )
     )
+    await know(tx, principal, definition["mcp_servers"], scribe.now())
 
 
 async def _look_up(

@@ -288,6 +288,11 @@ class StoredMcpCredential:
     credential: ToolCredential
     _last: str | None = field(default=None, repr=False)
 
+    @property
+    def identity(self) -> str:
+        """The same for the same account: its token may change."""
+        return self.credential.id
+
     async def headers(self, *, refused: bool) -> Mapping[str, str]:
         """`refused`: the last token was answered with 401. Empty when there is no other."""
         try:
