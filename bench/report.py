@@ -20,6 +20,7 @@ TITLES = {
     "sandbox": "The sandbox levels, against none",
     "limits": "Limits, ledger, reports",
     "sessions": "Sessions",
+    "mcp": "Calls of MCP tools",
 }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.figures import Figure, Findings
+from bench.figures import Compare, Figure, Findings
 from bench.processes import PATH, end_group, scratch
 
 _HERE = Path(__file__).parent
@@ -86,6 +86,22 @@ async def limits(*, quick: bool) -> Findings:
 async def sessions(*, quick: bool) -> Findings:
     """`bench/sessions.py`: whatever it prints."""
     return _plain(await run("sessions.py", ["--quick"] if quick else []))
+
+
+async def mcp(*, quick: bool) -> Findings:
+    """`bench/mcp.py`: a call of an MCP tool through the broker against a direct one, and one whose result is kept."""
+    raw = await run("mcp.py", ["--calls", "200" if quick else "1000"])
+    figures = []
+    for name, found in raw.items():
+        size = name.split("_")[1]
+        for point in ("p50", "p99"):
+            ours, floor = [found[f"broker_{point}_ms"]], [found[f"direct_{point}_ms"]]
+            target = 1.0 if point == "p50" else None
+            figures.append(
+                Figure(f"call with {size} bytes, {point}", "ms", ours, floor, Compare.ADDED, target, "floor: direct")
+            )
+        figures.append(Figure(f"kept result of {size} bytes, p50", "ms", [found["kept_p50_ms"]]))
+    return Findings(figures, {"output": raw})
 
 
 def _plain(raw: dict[str, Any]) -> Findings:

@@ -73,6 +73,13 @@ def errors(events: list[Any]) -> list[tuple[str, str, str]]:
     ]
 
 
+def told(events: list[Any]) -> list[dict[str, str]]:
+    """What the clients were told of the servers' status."""
+    return [
+        {one["name"]: one["status"] for one in event.servers} for event in events if event.type == "session.mcp_status"
+    ]
+
+
 async def known(server: Running) -> list[dict[str, Any]]:
     async with server.http.get("/v1/mcp/servers") as response:
         return (await response.json())["data"]
@@ -148,6 +155,7 @@ async def test_a_server_that_cannot_be_used_is_an_event_and_the_others_go_on(
     assert [one[2] for one in found if one[1] == "gone"] == ["retrying", "exhausted"]
     assert {one[0] for one in found if one[1] == "gone"} == {"mcp_connection_failed_error"}
     assert len(found) == 3
+    assert told(events) == [{"docs": "connected", "denied": "needs_auth", "gone": "failed"}]
     status = {one["name"]: one for one in await known(server)}
     assert {name: one["status"] for name, one in status.items()} == {
         "docs": "connected",
@@ -163,6 +171,7 @@ async def test_a_server_that_cannot_be_used_is_an_event_and_the_others_go_on(
     again = await turn(client, session.id, call("mcp__denied__echo", "now"))
     assert "echo #2: now" in texts(again)[0]
     assert {one[1] for one in errors(again)} == {"gone"}
+    assert told(again) == [{"docs": "connected", "denied": "connected", "gone": "failed"}]
     probes = [{"vault_ids": [good]}, {"authorization_token": "good"}, {"headers": {"Authorization": "Bearer x"}}, {}]
     found = [await probed(server, url=f"{far.url}/mcp", **body) for body in probes]
     assert [one["credential"] for one in found] == ["sent", "sent", "refused", "required"]

@@ -80,6 +80,7 @@ class World:
     url: str
     means: ResourceMeans
     tokens: McpTokens
+    leases: MemoryState
     clock: ManualClock
     outside: Outside
     blobs: Path
@@ -110,7 +111,8 @@ async def resources_world(database: Database, directory: Path) -> AsyncIterator[
     keys = OrgKeys(database, LocalMasterKey((KeyMaterial(bytes(32)),)), clock)
     secrets = SecretStore(database, keys, clock, ids)
     means = ResourceMeans(database, open_directory(directory / "blobs"), keys, secrets, outside)
-    tokens = McpTokens(means, clock, MemoryState(clock), RandomIds())
+    leases = MemoryState(clock)
+    tokens = McpTokens(means, clock, leases, RandomIds())
     known: dict[str, Any] = {one.name: None for one in dataclasses.fields(Deps)}
     known |= {"settings": SimpleNamespace(max_body_bytes=8 * 2**20), "authenticate": _authenticate}
     known |= {"resources": means, "mcp_tokens": tokens, "clock": clock, "ids": ids}
@@ -120,7 +122,7 @@ async def resources_world(database: Database, directory: Path) -> AsyncIterator[
     )
     app.state.deps = Deps(**known)
     async with _serving(app) as url:
-        world = World(url, means, tokens, clock, outside, directory / "blobs")
+        world = World(url, means, tokens, leases, clock, outside, directory / "blobs")
         try:
             yield world
         finally:

@@ -16,6 +16,7 @@ from claude_wrapper.broker.bridge import McpFailed, Outcome
 from claude_wrapper.sessions.mcpservers import RemoteSpec
 from claude_wrapper.sessions.spec import Owner
 from claude_wrapper.wire.managed import error_event
+from claude_wrapper.wire.managed_mcp import DENIED, UNREACHED
 
 CLIENT_SERVER: Final = "client"
 """Name of the in-process MCP server that offers the caller's tools: the CLI shows them as `mcp__client__NAME`."""
@@ -62,7 +63,7 @@ class Trouble:
     def event(self) -> dict[str, Any]:
         """As the session's clients are told."""
         denied = self.outcome is Outcome.AUTHENTICATION
-        kind = "mcp_authentication_failed_error" if denied else "mcp_connection_failed_error"
+        kind = DENIED if denied else UNREACHED
         words = f"The MCP server {self.server} {self.problem}."
         if self.outcome is Outcome.FORBIDDEN:
             words = f"The MCP server {self.server} may not be asked: {self.problem}."

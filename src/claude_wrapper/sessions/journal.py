@@ -39,6 +39,7 @@ from claude_wrapper.wire.managed import (
     error_event,
     upstream_error,
 )
+from claude_wrapper.wire.managed_mcp import McpStatus
 from claude_wrapper.wire.streamjson import Frame
 from claude_wrapper.wire.usage import Usage
 
@@ -115,6 +116,7 @@ class SessionJournal:
         self._on_change = on_change
         self._on_lost = on_lost
         self._turn: _Turn | None = None
+        self._mcp = McpStatus()
         self._waiting: list[tuple[Output, int | None]] = []
         self._writing: asyncio.Task[None] | None = None
         self._failed: WrapperError | None = None
@@ -176,7 +178,8 @@ class SessionJournal:
                 if self.taking:
                     await books.log.processed(tx, self._principal, session, self.taking)
             await books.log.publish(session, stored)
-            translator = TurnTranslator(books.ids.new, self.decide, shown_names(self.session.agent))
+            self._mcp.begin(shown_names(self.session.agent))
+            translator = TurnTranslator(books.ids.new, self.decide, self._mcp)
             if turn_input.replay is not None:
                 names = names_in(turn_input.replay)
                 said = {

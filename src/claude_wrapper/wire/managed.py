@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from claude_wrapper.wire import managed_tools
+from claude_wrapper.wire.managed_mcp import McpStatus
 from claude_wrapper.wire.managed_tools import ToolCall
 from claude_wrapper.wire.merge import SYNTHETIC_MODEL, FrameLike
 from claude_wrapper.wire.usage import Usage
@@ -99,9 +100,8 @@ def upstream_error(status: int | None, message: str) -> Mapping[str, Any]:
 class TurnTranslator:
     """The state of one turn. Feed it every frame."""
 
-    def __init__(self, new_id: Callable[[str], str], decide: Decide, servers: Mapping[str, str] | None = None) -> None:
-        """`new_id("sevt")` makes identifiers; `decide` is the permission policy; `servers`: the CLI's name of an MCP
-        server → the agent's, where they differ."""
+    def __init__(self, new_id: Callable[[str], str], decide: Decide, servers: McpStatus | None = None) -> None:
+        """`new_id("sevt")` makes identifiers; `decide` is the permission policy; `servers` outlive the turn."""
         self.outcome: Outcome | None = None
         """Set by the `result` frame."""
         self.usage = Usage()
@@ -113,8 +113,7 @@ class TurnTranslator:
         self._names: dict[str, str] = {}
         self._calls: dict[str, tuple[str, str]] = {}  # the model's id -> (event id, kind of ToolCall)
         self._done: set[str] = set()
-        self._failed_servers: set[str] = set()
-        self._servers = servers or {}
+        self._servers = servers or McpStatus()
         self.reused: set[str] = set()
         """The model's ids of calls of MCP tools that a kept result answers."""
         self._notice = ""
@@ -215,8 +214,7 @@ class TurnTranslator:
     def _system(self, frame: FrameLike, out: Output) -> None:
         match frame.subtype:
             case "init":
-                for server in _items(frame.json().get("mcp_servers")):
-                    self._mcp_status(_mapping(server), out)
+                self._mcp_status([_mapping(one) for one in _items(frame.json().get("mcp_servers"))], out)
             case "compact_boundary":
                 out.events.append(self.made("agent.thread_context_compacted"))
             case "api_retry":
@@ -225,23 +223,17 @@ class TurnTranslator:
             case _:
                 pass
 
-    def _mcp_status(self, server: Mapping[str, Any], out: Output) -> None:
-        kind = _MCP_ERRORS.get(str(server.get("status")))
-        name = self._server(str(server.get("name")))
-        if kind is None or name in self._failed_servers:
-            return
-        self._failed_servers.add(name)
-        error = error_event(kind, f"The MCP server {name} cannot be used.", "retrying", mcp_server_name=name)
-        out.events.append(self.made("session.error", error=dict(error)))
-
-    def _server(self, cli_name: str) -> str:
-        return self._servers.get(cli_name, cli_name)
+    def _mcp_status(self, servers: list[Mapping[str, Any]], out: Output) -> None:
+        for kind, name in self._servers.failures(servers):
+            error = error_event(kind, f"The MCP server {name} cannot be used.", "retrying", mcp_server_name=name)
+            out.events.append(self.made("session.error", error=dict(error)))
+        news = self._servers.news(servers)
+        if news is not None:
+            out.events.append(self.made("session.mcp_status", servers=news))  # ours: the API has no such event
 
     def noted(self, event: Mapping[str, Any]) -> Output:
         """An event of the server's own; the CLI's later word about the same MCP server is not news any more."""
-        failed = _mapping(event.get("error")).get("mcp_server_name")
-        if isinstance(failed, str):
-            self._failed_servers.add(failed)
+        self._servers.noted(event)
         return Output(events=[{"id": self._new_id("sevt"), **event}])
 
     def _result(self, frame: Mapping[str, Any], out: Output) -> None:
@@ -281,7 +273,7 @@ class TurnTranslator:
         if call.kind == "custom":
             return "custom"
         if call.server is not None:
-            event["mcp_server_name"] = self._server(call.server)
+            event["mcp_server_name"] = self._servers.name(call.server)
         event["evaluated_permission"] = verdict = self._decide(name, tool_input)
         if call.kind == "sandbox":
             return {"allow": "sandbox", "ask": "sandbox_ask"}.get(verdict, "tool")
@@ -484,10 +476,6 @@ _PREVIEWED: Final[Mapping[str, str]] = {
     "text": "agent.message",
     "thinking": "agent.thinking",
     "redacted_thinking": "agent.thinking",
-}
-_MCP_ERRORS: Final[Mapping[str, str]] = {
-    "failed": "mcp_connection_failed_error",
-    "needs-auth": "mcp_authentication_failed_error",
 }
 _EMPTY: Final[Mapping[str, Any]] = {}
 
