@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from anthropic import AsyncAnthropic
@@ -13,12 +12,12 @@ from anthropic import AsyncAnthropic
 from claude_wrapper.errors import SandboxUnavailable
 from claude_wrapper.sandbox.choose import choose
 from claude_wrapper.sandbox.probe import probe
-from managed.driving import MODEL, message, texts, turn
+from managed.driving import message, texts, turn
+from managed.workspaces import TOOLS, bash, errors, ran, session_of, system_prompt
 from running_server import KEY, Running, running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.real_cli]
 
-TOOLS = {"type": "agent_toolset_20260401"}
 SKILL = b"---\nname: greeting\ndescription: How to greet people here.\n---\nSay hello in Latin.\n"
 
 
@@ -38,37 +37,6 @@ async def client(server: Running) -> AsyncIterator[AsyncAnthropic]:
     """The official SDK, pointed at it."""
     async with AsyncAnthropic(base_url=server.url, api_key=KEY, max_retries=0) as one:
         yield one
-
-
-async def session_of(
-    client: AsyncAnthropic, *, config: Any = None, skills: Any = (), tools: Any = None, **fields: Any
-) -> Any:
-    """A session of an agent with all tools."""
-    agent = await client.beta.agents.create(model=MODEL, name="reader", tools=tools or [TOOLS], skills=list(skills))
-    environment = await client.beta.environments.create(name="here", config=config or {"type": "cloud"})
-    return await client.beta.sessions.create(agent=agent.id, environment_id=environment.id, **fields)
-
-
-def bash(command: str) -> dict[str, Any]:
-    """A message whose turn runs one command."""
-    return message(f"[[tool Bash {json.dumps({'command': command})}]] [[then]]")
-
-
-def errors(events: list[Any]) -> list[tuple[str, str]]:
-    """What went wrong."""
-    return [(event.error.type, event.error.message) for event in events if event.type == "session.error"]
-
-
-async def ran(client: AsyncAnthropic, session: str, command: str) -> str:
-    """The output of a command that the agent runs in its workspace; no error may be told meanwhile."""
-    events = await turn(client, session, bash(command))
-    assert errors(events) == []
-    return texts(events)[-1].removeprefix("Tool said: ")
-
-
-async def system_prompt(client: AsyncAnthropic, session: str) -> str:
-    """What the model is told."""
-    return texts(await turn(client, session, message("[[system]]")))[0]
 
 
 def told_path(prompt: str, ending: str) -> str:

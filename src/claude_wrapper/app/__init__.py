@@ -51,6 +51,7 @@ from claude_wrapper.sandbox.probe import HostReport, probe
 from claude_wrapper.sandbox.security import Egress, SecurityLevel, SecurityLevels, SecurityPolicy
 from claude_wrapper.sandbox.uids import DEFAULT_RANGE, UidAllocator, UidRange
 from claude_wrapper.sessions.content.furnish import SessionContent
+from claude_wrapper.sessions.content.repositories import Cloning
 from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.doors import Doors
 from claude_wrapper.sessions.eventlog import EventLog
@@ -216,9 +217,8 @@ async def running_server(
             egress=_egress_lists(settings, security, org_settings),
             limits_by_level={level.value: levels.policy(level).limits for level in levels.allowed},
         )
-        resources = resource_means(
-            settings, data_dir, tenants, clock, ids, permitted=_networks(settings.private_networks)
-        )
+        private = _networks(settings.private_networks)
+        resources = resource_means(settings, data_dir, tenants, clock, ids, permitted=private)
         mcp_tokens = McpTokens(resources, clock, tenants.state, ids)
         remotes = RemoteServers(
             broker.mcp_bridge, mcp_tokens, ServerBook(tenants.database, clock), tenants.caches.named(TOOL)
@@ -265,7 +265,7 @@ async def running_server(
                 choose=lambda principal: credentials.choose(principal, None),
                 security=security.policy,
                 aliases=MODEL_ALIASES,
-                content=partial(SessionContent, books, resources),
+                content=partial(SessionContent, books, resources, Cloning(data_dir / "clones", private)),
             ),
             RunnerSettings(settings.turn_seconds, parked_seconds=600.0),
             tasks.spawn,
@@ -400,7 +400,7 @@ async def _host(settings: Settings) -> _Host:
 async def _emptied_slots(data_dir: Path) -> Path:
     """The directory of the slots, without what a server that was killed left there."""
     slots = data_dir / "slots"
-    for leftover in (*leftover_slots(slots), *leftover_slots(data_dir / "kept")):
+    for leftover in (*leftover_slots(slots), *leftover_slots(data_dir / "kept"), *leftover_slots(data_dir / "clones")):
         await asyncio.to_thread(remove_tree, leftover)
     return slots
 

@@ -88,7 +88,7 @@ class ManagedSessions:
             for at, one in enumerate(new.mounts):
                 # Listed by age: a moment apart, they stay in the order in which they were given.
                 later = now + timedelta(microseconds=at)
-                await mounts.add(tx, principal, session_id, one, ids=books.ids, now=later)
+                await mounts.add(tx, principal, session_id, one, now=later)
             stored = await books.log.write(tx, principal, session_id, new.initial_events, queued=True)
             queued = await enqueue(tx, principal, session, now=now, new_id=books.ids.new)
         if queued:

@@ -3,26 +3,30 @@ get into the workspace is `sessions.content`'s."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from claude_wrapper.clock import Clock
 from claude_wrapper.errors import InvalidRequest, NotFound
-from claude_wrapper.ids import Ids
 from claude_wrapper.sessions.content import places
+from claude_wrapper.sessions.content.acting import SCOPES
+from claude_wrapper.sessions.content.repositories import TOKEN, check_name
 from claude_wrapper.sessions.eventlog import rfc3339
 from claude_wrapper.sessions.resources.files import get_file
 from claude_wrapper.sessions.resources.memorystores import WRITE as MEMORY_WRITE
 from claude_wrapper.sessions.resources.memorystores import get_memory_store
-from claude_wrapper.sessions.resources.values import Fields, id_of
+from claude_wrapper.sessions.resources.values import Fields, id_of, url_of
 from claude_wrapper.storage.pagination import MAX_LIMIT, Page, PageRequest, fetch_page
 from claude_wrapper.storage.tables.sessions import session_resources
+from claude_wrapper.tenancy.audit import Scribe
 from claude_wrapper.tenancy.principal import Principal, owned
+from claude_wrapper.vault.secretstore import SecretStore
 
 MAX_RESOURCES: Final = 100
 _PREFIX: Final = "sesrsc"
@@ -36,6 +40,10 @@ class Mount:
     body: dict[str, Any]
     path: str
     """Where it was in the request."""
+    id: str = ""
+    """The resource's id, once it has one."""
+    token: str | None = field(default=None, repr=False)
+    """Of a repository; kept apart, sealed."""
 
 
 def read_resources(fields: Fields) -> list[Mount]:
@@ -45,7 +53,7 @@ def read_resources(fields: Fields) -> list[Mount]:
 
 def read_resource(fields: Fields, *, only: str | None = None) -> Mount:
     """One resource. `only`: the one kind that can be added later."""
-    kind = fields.one_of("type", *((only,) if only else ("file", "memory_store")))
+    kind = fields.one_of("type", *((only,) if only else ("file", "memory_store", "github_repository")))
     return _READERS[kind](fields)
 
 
@@ -66,14 +74,65 @@ def _memory_store(fields: Fields) -> Mount:
     return Mount("memory_store", body, fields.path)
 
 
+def _repository(fields: Fields) -> Mount:
+    fields.only("type", "url", "authorization_token", "mount_path", "checkout")
+    url = url_of(fields.data.get("url"), fields.at("url"))
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", urlsplit(url).path.rstrip("/").rpartition("/")[2].removesuffix(".git"))
+    path = (
+        fields.maybe_text("mount_path", most=1024, least=1) or f"{places.WORKSPACE}/{name.strip('.') or 'repository'}"
+    )
+    places.check_mount_path(path, fields.at("mount_path"))
+    token = fields.maybe_text("authorization_token", most=4096, least=1)
+    body: dict[str, Any] = {"type": "github_repository", "url": url, "mount_path": path}
+    if (checkout := fields.maybe_object("checkout")) is not None:
+        body["checkout"] = _checkout(checkout)
+    return Mount("github_repository", body, fields.path, token=None if token is None else read_token(token, fields))
+
+
+def read_token(token: str, fields: Fields) -> str:
+    """A token as it can be sent: visible characters alone. Raises InvalidRequest."""
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise InvalidRequest("must be visible ASCII characters", field=fields.at("authorization_token"))
+    return token
+
+
+def _checkout(fields: Fields) -> dict[str, str]:
+    kind = fields.one_of("type", "branch", "commit")
+    if kind == "branch":
+        name = fields.only("type", "name").text("name", most=255)
+        return {"type": kind, "name": check_name(name, fields.at("name"))}
+    sha = fields.only("type", "sha").text("sha", most=64)
+    if not _SHA.match(sha):
+        raise InvalidRequest("must be 7 to 64 lower-case hexadecimal digits", field=fields.at("sha"))
+    return {"type": kind, "sha": sha}
+
+
+async def keep_tokens(secrets: SecretStore, principal: Principal, mounted: Sequence[Mount]) -> None:
+    """Seal the tokens of new resources, before they are rows. Whoever may make the session gave them."""
+    for one in mounted:
+        if one.token is not None:
+            await secrets.put(replace(principal, scopes=SCOPES), TOKEN, one.id, {"token": one.token})
+
+
+async def forget_tokens(secrets: SecretStore, principal: Principal, resources: Sequence[str]) -> None:
+    """Delete the tokens of resources that are gone; one that had none is no error."""
+    for resource in resources:
+        await secrets.delete(replace(principal, scopes=SCOPES), TOKEN, resource)
+
+
+_SHA: Final = re.compile(r"[0-9a-f]{7,64}\Z")
 _ACCESS: Final = ("read_write", "read_only")
-_READERS: Final[Mapping[str, Callable[[Fields], Mount]]] = {"file": _file, "memory_store": _memory_store}
+_READERS: Final[Mapping[str, Callable[[Fields], Mount]]] = {
+    "file": _file,
+    "memory_store": _memory_store,
+    "github_repository": _repository,
+}
 
 
 async def check(
-    tx: AsyncConnection, principal: Principal, mounted: Sequence[Mount], clock: Clock, *, present: Sequence[str] = ()
+    tx: AsyncConnection, principal: Principal, mounted: Sequence[Mount], scribe: Scribe, *, present: Sequence[str] = ()
 ) -> list[Mount]:
-    """The resources, complete: memory stores with their names and places.
+    """The resources, complete: with ids, memory stores with their names and places.
 
     `present` are mount paths that are taken. Raises NotFound for what the caller does not have, InvalidRequest for a
     place that is taken or a store that is mounted twice, PermissionDenied for memory that the caller may not write.
@@ -83,14 +142,14 @@ async def check(
     for one in mounted:
         body = one.body
         if one.type == "file":
-            await get_file(tx, principal, clock, body["file_id"])
+            await get_file(tx, principal, scribe.clock, body["file_id"])
         elif one.type == "memory_store":
             body = await _complete_store(tx, principal, one, done)
         path = str(body["mount_path"])
         if any(path == other or path.startswith(f"{other}/") or other.startswith(f"{path}/") for other in taken):
             raise InvalidRequest("is taken by another resource", field=f"{one.path}.mount_path".lstrip("."))
         taken.add(path)
-        done.append(replace(one, body=body))
+        done.append(replace(one, body=body, id=scribe.ids.new(_PREFIX)))
     return done
 
 
@@ -113,10 +172,10 @@ async def _complete_store(
 
 
 async def add(
-    tx: AsyncConnection, principal: Principal, session: str, mount: Mount, *, ids: Ids, now: datetime
+    tx: AsyncConnection, principal: Principal, session: str, mount: Mount, *, now: datetime
 ) -> dict[str, Any]:
-    """Keep a resource; its wire form."""
-    resource = ids.new(_PREFIX)
+    """Keep a resource that was checked; its wire form."""
+    resource = mount.id
     values = {"body": mount.body, "created_at": now, "updated_at": now}
     owner = {"id": resource, "session_id": session, "org_id": principal.org, "type": mount.type}
     await tx.execute(sa.insert(session_resources).values(**owner, **values))
@@ -150,6 +209,13 @@ async def one(tx: AsyncConnection, principal: Principal, session: str, resource:
     if row is None:
         raise NotFound(f"session {session} has no resource {resource[:128]!r}")
     return _shown(row)
+
+
+async def touch(tx: AsyncConnection, principal: Principal, session: str, resource: str, now: datetime) -> None:
+    """Note that a resource was changed."""
+    table = session_resources
+    mine = (owned(principal, table), table.c.session_id == session, table.c.id == resource)
+    await tx.execute(sa.update(table).where(*mine).values(updated_at=now))
 
 
 async def remove(tx: AsyncConnection, principal: Principal, session: str, resource: str) -> None:

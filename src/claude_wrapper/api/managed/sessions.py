@@ -44,7 +44,7 @@ async def create_session(call: Call) -> Response:
         agent = await _agent(tx, call, fields)
         environment_id = id_of(fields.data["environment_id"], "environment_id", "env")
         environment = await environment_for_session(tx, call.principal, environment_id)
-        complete = await mounts.check(tx, call.principal, mounted, call.deps.clock)
+        complete = await mounts.check(tx, call.principal, mounted, call.scribe)
         wire = environment.to_wire()
         if wire["config"].get("type") == "self_hosted":
             _require_mountable(mounted)
@@ -63,7 +63,13 @@ async def create_session(call: Call) -> Response:
             mounts=complete,
         )
 
-    session = await call.deps.sessions.create(call.principal, await call.read(work))
+    new = await call.read(work)
+    await mounts.keep_tokens(call.means.secrets, call.principal, new.mounts)
+    try:
+        session = await call.deps.sessions.create(call.principal, new)
+    except BaseException:
+        await mounts.forget_tokens(call.means.secrets, call.principal, [one.id for one in new.mounts if one.token])
+        raise
     return answer(await _shown(call, session))
 
 
@@ -136,7 +142,14 @@ async def archive_session(call: Call) -> Response:
 
 async def delete_session(call: Call) -> Response:
     """Forget a session."""
-    await call.deps.sessions.delete(call.principal, _id(call))
+    session = await call.deps.sessions.get(call.principal, _id(call))
+
+    async def work(tx: AsyncConnection) -> list[str]:
+        return [one["id"] for one in await mounts.all_of(tx, call.principal, session.id)]
+
+    resources = await call.read(work)
+    await call.deps.sessions.delete(call.principal, session.id)
+    await mounts.forget_tokens(call.means.secrets, call.principal, resources)
     return answer({"id": _id(call), "type": "session_deleted"})
 
 
@@ -165,8 +178,8 @@ async def add_resource(call: Call) -> Response:
         if len(present) >= mounts.MAX_RESOURCES:
             raise Conflict(f"session {session.id} has {mounts.MAX_RESOURCES} resources, which is the most")
         taken = [str(one["mount_path"]) for one in present]
-        [complete] = await mounts.check(tx, call.principal, [mounted], call.deps.clock, present=taken)
-        return await mounts.add(tx, call.principal, session.id, complete, ids=call.deps.ids, now=call.deps.clock.now())
+        [complete] = await mounts.check(tx, call.principal, [mounted], call.scribe, present=taken)
+        return await mounts.add(tx, call.principal, session.id, complete, now=call.deps.clock.now())
 
     return answer(await call.write(work))
 
@@ -182,10 +195,27 @@ async def get_resource(call: Call) -> Response:
 
 
 async def update_resource(call: Call) -> Response:
-    """Change a repository's token."""
+    """Change a repository's token: what is cloned from now on is cloned with it."""
     call.principal.require(WRITE)
-    (await call.fields()).only("authorization_token").text("authorization_token", most=4096)
-    raise Conflict("repositories are not mounted by this server: there is no token to change")
+    fields = (await call.fields()).only("authorization_token")
+    token = mounts.read_token(fields.text("authorization_token", most=4096), fields)
+    session = await call.deps.sessions.get(call.principal, _id(call))
+    resource_id = str(call.request.path_params["resource_id"])
+
+    async def read(tx: AsyncConnection) -> dict[str, Any]:
+        return await mounts.one(tx, call.principal, session.id, resource_id)
+
+    resource = await call.read(read)
+    if resource["type"] != "github_repository":
+        raise InvalidRequest("only repositories have a token", field="authorization_token")
+    given = mounts.Mount(resource["type"], resource, "", id=resource_id, token=token)
+    await mounts.keep_tokens(call.means.secrets, call.principal, [given])
+
+    async def work(tx: AsyncConnection) -> dict[str, Any]:
+        await mounts.touch(tx, call.principal, session.id, resource_id, call.deps.clock.now())
+        return await mounts.one(tx, call.principal, session.id, resource_id)
+
+    return answer(await call.write(work))
 
 
 async def delete_resource(call: Call) -> Response:
@@ -198,6 +228,7 @@ async def delete_resource(call: Call) -> Response:
         await mounts.remove(tx, call.principal, session.id, resource_id)
 
     await call.write(work)
+    await mounts.forget_tokens(call.means.secrets, call.principal, [resource_id])
     return answer({"id": resource_id, "type": "session_resource_deleted"})
 
 

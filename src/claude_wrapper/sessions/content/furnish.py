@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from claude_wrapper.sessions.content.files import put_files
 from claude_wrapper.sessions.content.manifest import Manifest
 from claude_wrapper.sessions.content.memorysync import MemorySync, Mounted
 from claude_wrapper.sessions.content.places import Room
+from claude_wrapper.sessions.content.repositories import Cloning, put_repositories
 from claude_wrapper.sessions.content.skills import Shown, put_skills
 from claude_wrapper.sessions.journal import Books
 from claude_wrapper.sessions.records import Session
@@ -37,14 +38,29 @@ OUTPUT_ERROR: Final = "output_error"
 _LEAVE_SECONDS: Final = 120.0
 
 
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What a `session.error` says."""
+
+    kind: str
+    message: str
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
 class SessionContent:
     """One session's things. Its conversation calls `enter` before a turn and `leave` after it."""
 
     def __init__(
-        self, books: Books, means: ResourceMeans, principal: Principal, session: Callable[[], Session]
+        self,
+        books: Books,
+        means: ResourceMeans,
+        cloning: Cloning,
+        principal: Principal,
+        session: Callable[[], Session],
     ) -> None:
         """`principal` is the session's own; `session` gives it as it is now."""
         self._books = books
+        self._cloning = cloning
         self._session = session
         self._acting = Acting(means, replace(principal, scopes=SCOPES), Scribe(books.clock, books.ids), session().id)
         self._memory = MemorySync(self._acting)
@@ -77,21 +93,26 @@ class SessionContent:
         work = room.work
         manifest = await asyncio.to_thread(notes.load, work)
         before = notes.copied(manifest)
-        errors: list[tuple[str, str]] = []
+        errors: list[Trouble] = []
         await self._take_away(work, manifest, resources, errors)
         of_kind: Mapping[str, list[dict[str, Any]]] = {
-            kind: [one for one in resources if one["type"] == kind] for kind in ("file", "memory_store")
+            kind: [one for one in resources if one["type"] == kind]
+            for kind in ("file", "memory_store", "github_repository")
         }
+        # Before the files: one of those may lie in a repository.
+        repositories = of_kind["github_repository"]
+        failed = await put_repositories(self._acting, self._cloning, repositories, room, manifest)
         placed, told = await put_files(self._acting, of_kind["file"], work, manifest)
-        errors += [(FILE_ERROR, one) for one in told]
+        errors += [Trouble(FILE_ERROR, one) for one in told]
         skills: list[Shown] = []
         if wanted or manifest.skills:
             skills, told = await put_skills(self._acting, wanted, work, manifest)
-            errors += [(SKILL_ERROR, one) for one in told]
+            errors += [Trouble(SKILL_ERROR, one) for one in told]
         errors += await self._sync(work, manifest, of_kind["memory_store"])
+        errors += [Trouble(one.kind, one.message, {"repository_url": one.url}) for one in failed]
         if manifest != before:
             await asyncio.to_thread(notes.save, work, manifest)
-        there = [one for one in resources if one["type"] != "file" or one["id"] in manifest.placed]
+        there = [one for one in resources if one["type"] == "memory_store" or one["id"] in manifest.placed]
         self._prompt = prompt.describe(room.seen, resources=there, skills=skills, packages=False)
         self._news = prompt.announcement(room.seen, placed) if placed else ""
         await self.tell(errors)
@@ -107,15 +128,15 @@ class SessionContent:
             log.exception("content.not_kept", session=self._acting.session)
             reason = error.message if isinstance(error, WrapperError) else type(error).__name__
             with contextlib.suppress(WrapperError):
-                await self.tell([(OUTPUT_ERROR, f"What the turn changed could not be kept: {reason}")])
+                await self.tell([Trouble(OUTPUT_ERROR, f"What the turn changed could not be kept: {reason}")])
 
-    async def _keep(self, work: Path) -> list[tuple[str, str]]:
+    async def _keep(self, work: Path) -> list[Trouble]:
         resources = await self._resources()
         manifest = await asyncio.to_thread(notes.load, work)
         before = notes.copied(manifest)
         errors = await self._sync(work, manifest, [one for one in resources if one["type"] == "memory_store"])
         kept = await outputs.collect(self._acting, work, manifest)
-        errors += [(OUTPUT_ERROR, one) for one in kept]
+        errors += [Trouble(OUTPUT_ERROR, one) for one in kept]
         if manifest != before:
             await asyncio.to_thread(notes.save, work, manifest)
         return errors
@@ -134,10 +155,10 @@ class SessionContent:
             f"The agent has no built-in tools, so that it cannot see what this session was given ({len(resources)} "
             f"resources, {len(skills)} skills): enable at least `read` in its toolset."
         )
-        await self.tell([(FILE_ERROR, message)])
+        await self.tell([Trouble(FILE_ERROR, message)])
 
     async def _take_away(
-        self, work: Path, manifest: Manifest, resources: Sequence[Mapping[str, Any]], errors: list[tuple[str, str]]
+        self, work: Path, manifest: Manifest, resources: Sequence[Mapping[str, Any]], errors: list[Trouble]
     ) -> None:
         """Remove what was placed for a resource that is gone."""
         known = {one["id"] for one in resources}
@@ -145,10 +166,10 @@ class SessionContent:
             try:
                 await asyncio.to_thread(trees.remove, work, manifest.placed.pop(resource))
             except InvalidRequest as error:
-                errors.append((FILE_ERROR, error.message))
+                errors.append(Trouble(FILE_ERROR, error.message))
 
-    async def _sync(self, work: Path, manifest: Manifest, stores: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-        errors: list[tuple[str, str]] = []
+    async def _sync(self, work: Path, manifest: Manifest, stores: Sequence[Mapping[str, Any]]) -> list[Trouble]:
+        errors: list[Trouble] = []
         for one in stores:
             store_id = str(one["memory_store_id"])
             slug = str(one["mount_path"]).removeprefix(f"{places.MEMORY}/")
@@ -158,15 +179,17 @@ class SessionContent:
                 manifest.memory[store_id] = agreed
             except WrapperError as error:
                 told = [error.message]
-            errors += [(MEMORY_ERROR, f"{one['mount_path']}: {message}") for message in told]
+            errors += [Trouble(MEMORY_ERROR, f"{one['mount_path']}: {message}") for message in told]
         return errors
 
-    async def tell(self, errors: Sequence[tuple[str, str]]) -> None:
-        """Write `session.error` events: (type, message)."""
+    async def tell(self, errors: Sequence[Trouble]) -> None:
+        """Write `session.error` events."""
         if not errors:
             return
         books, principal, session = self._books, self._acting.principal, self._acting.session
-        events = [{"type": "session.error", "error": dict(error_event(kind, message))} for kind, message in errors]
+        events = [
+            {"type": "session.error", "error": dict(error_event(one.kind, one.message, **one.more))} for one in errors
+        ]
         try:
             stored = await books.db.run(lambda tx: books.log.write(tx, principal, session, events))
         except NotFound:

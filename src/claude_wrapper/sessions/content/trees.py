@@ -93,6 +93,18 @@ def make_directory(root: Path, path: str) -> None:
     os.close(open_directory(root, path))
 
 
+def move_in(source: Path, root: Path, path: str) -> None:
+    """Move a directory of the server's, on the same file system, to a free place (or an empty directory) below `root`."""
+    head, _, name = path.rpartition("/")
+    directory = open_directory(root, head)
+    try:
+        os.rename(source, name, dst_dir_fd=directory)
+    except OSError as error:
+        raise InvalidRequest(f"{path}: {os.strerror(error.errno or 0)}") from error
+    finally:
+        os.close(directory)
+
+
 def exists(root: Path, path: str) -> bool:
     """Whether anything at all is at `path`, be it a link."""
     head, _, name = path.rpartition("/")

@@ -41,7 +41,9 @@ class Outward(Protocol):
         ...
 
 
-class _CheckedResolver(AbstractResolver):
+class CheckedResolver(AbstractResolver):
+    """Addresses that may be dialled, and no others."""
+
     def __init__(self, resolver: Resolver, permitted: tuple[Network, ...]) -> None:
         self._resolver = resolver
         self._permitted = permitted
@@ -81,9 +83,9 @@ class HttpOutward:
         self._timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=10)
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Posted:
-        target = self._checked(url)
+        target = checked_url(url, self._permitted)
         connector = aiohttp.TCPConnector(
-            resolver=_CheckedResolver(self._resolver, self._permitted), use_dns_cache=False, force_close=True
+            resolver=CheckedResolver(self._resolver, self._permitted), use_dns_cache=False, force_close=True
         )
         try:
             async with (
@@ -106,20 +108,25 @@ class HttpOutward:
             # Not the error's text: it may quote what was sent.
             raise UpstreamUnavailable(f"{target.host} cannot be asked: {type(error).__name__}") from None
 
-    def _checked(self, url: str) -> URL:
-        try:
-            target = URL(url)
-        except ValueError:
-            raise PermissionDenied("this is not a URL that can be asked") from None
-        if target.scheme not in {"https", "http"} or not target.host or target.user or target.password:
-            raise PermissionDenied("only http(s) URLs without a user name can be asked")
-        if target.scheme == "http" and not self._permitted:
-            raise PermissionDenied("the URL must begin with https://")
-        reason = forbidden(target.host, self._permitted)
-        if reason == "not an address":
-            # 2130706433 and 127.1 are addresses to some resolvers and names to us.
-            if canonical(target.host) is None or target.host.rpartition(".")[2][:1].isdigit():
-                raise PermissionDenied("the URL must name a host")
-        elif reason is not None:
-            raise PermissionDenied(f"{target.host} is {reason}")
-        return target
+
+def checked_url(url: str, permitted: tuple[Network, ...]) -> URL:
+    """A URL that a tenant named and that may be asked; plain http in the operator's own networks alone.
+
+    Raises PermissionDenied. Its host's addresses are checked when they are known (`CheckedResolver`).
+    """
+    try:
+        target = URL(url)
+    except ValueError:
+        raise PermissionDenied("this is not a URL that can be asked") from None
+    if target.scheme not in {"https", "http"} or not target.host or target.user or target.password:
+        raise PermissionDenied("only http(s) URLs without a user name can be asked")
+    if target.scheme == "http" and not permitted:
+        raise PermissionDenied("the URL must begin with https://")
+    reason = forbidden(target.host, permitted)
+    if reason == "not an address":
+        # 2130706433 and 127.1 are addresses to some resolvers and names to us.
+        if canonical(target.host) is None or target.host.rpartition(".")[2][:1].isdigit():
+            raise PermissionDenied("the URL must name a host")
+    elif reason is not None:
+        raise PermissionDenied(f"{target.host} is {reason}")
+    return target
