@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -157,12 +158,29 @@ def test_gaps_slowness_growth_and_leftovers_are_noticed() -> None:
     assert not outcomes.nothing_left({"processes": [1]}).holds
 
 
-def test_the_log_is_summed_up_and_its_errors_are_shown() -> None:
-    lines = ['{"level":"error","event":"background.failed","x":1}', '{"level":"warning","event":"a"}', "Traceback", ""]
-    found = summarize(lines)
-    assert found.counts == {"error background.failed": 1, "warning a": 1}
-    assert found.errors == lines[:1]
+def test_the_log_is_summed_up_and_errors_that_no_fault_explains_are_found() -> None:
+    def error(event: str, chain: list[dict[str, str]], **fields: str) -> str:
+        return json.dumps({"level": "error", "event": event, "exception": {"chain": chain}, **fields})
+
+    away = [{"type": "StorageUnavailable", "code": "storage_unavailable"}]
+    explained = [
+        error("background.failed", away),
+        error("library.logged", [{"type": "CancelledError"}], module="uvicorn.error"),
+    ]
+    unexplained = [
+        error("request.failed", away),
+        error("background.failed", [{"type": "KeyError"}]),
+        error("library.logged", [{"type": "RuntimeError"}, *away], module="uvicorn.error"),
+    ]
+    found = summarize([*explained, *unexplained, '{"level":"warning","event":"a"}', "Traceback", ""])
+    assert found.counts["error background.failed"] == 2
+    assert found.counts["warning a"] == 1
+    assert found.errors == [*explained, *unexplained]
+    assert found.unexpected == unexplained
     assert found.unreadable == ["Traceback"]
+    assert outcomes.no_surprises([], []).holds
+    assert not outcomes.no_surprises([], found.unreadable).holds
+    assert not outcomes.no_surprises(found.unexpected, []).holds
 
 
 @pytest.mark.anyio

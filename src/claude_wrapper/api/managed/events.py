@@ -14,7 +14,7 @@ from claude_wrapper.api import errors, sse
 from claude_wrapper.api.managed.resource_common import Call, answer, get, post
 from claude_wrapper.api.managed.sessions import bounds
 from claude_wrapper.api.managed.workers import RESULTS
-from claude_wrapper.errors import InvalidRequest, PermissionDenied, RateLimited
+from claude_wrapper.errors import InvalidRequest, PermissionDenied, RateLimited, WrapperError
 from claude_wrapper.limits import Facts
 from claude_wrapper.sessions.eventlog import Opened, Preview, SlowReader, Stored
 from claude_wrapper.storage.pagination import Position, decode_cursor, encode_cursor
@@ -123,6 +123,9 @@ async def _frames(
         last = "" if seen is None else f" with Last-Event-ID: {seen}"
         cut = RateLimited(f"this reader is too slow and was cut off; connect again{last}", retry_after=1)
         yield wire_sse.encode("error", errors.body(cut, request_id))
+    except WrapperError as away:
+        # The answer has begun: the client is told in the stream, and comes back with the last id that it saw.
+        yield wire_sse.encode("error", errors.body(away, request_id))
     finally:
         aclose: Any = getattr(stream, "aclose", None)
         if aclose is not None:

@@ -21,6 +21,8 @@ class LogSummary:
     """`level event` to how often."""
     errors: list[str] = field(default_factory=list)
     """The first error lines of each event, shortened."""
+    unexpected: list[str] = field(default_factory=list)
+    """Errors that no fault explains, shortened."""
     unreadable: list[str] = field(default_factory=list)
     """Lines that are no JSON: something wrote past the log."""
 
@@ -42,4 +44,19 @@ def summarize(lines: Iterable[str]) -> LogSummary:
         if level in {"error", "critical"} and shown[event] < 5 and len(found.errors) < _KEPT:
             shown[event] += 1
             found.errors.append(line.strip()[:_LONGEST])
+        if level in {"error", "critical"} and not _explained(said) and len(found.unexpected) < _KEPT:
+            found.unexpected.append(line.strip()[:_LONGEST])
     return found
+
+
+def _explained(said: dict[str, Any]) -> bool:
+    """Whether a fault explains an error: a store that is away, or connections that are cut because the server ends.
+
+    A request that failed outside the error table never is: its caller got no clear error.
+    """
+    if said["event"] == "request.failed":
+        return False
+    chain = said.get("exception", {}).get("chain", [])
+    if said.get("module") == "uvicorn.error":
+        return not chain or chain[0]["type"] == "CancelledError"
+    return any(one.get("code") == "storage_unavailable" for one in chain)

@@ -95,6 +95,12 @@ def no_bugs(outcomes: Iterable[Outcome]) -> Invariant:
     return Invariant("no request met an error that the server cannot explain", not bad, shown or "0 internal errors")
 
 
+def no_surprises(unexpected: Sequence[str], unreadable: Sequence[str]) -> Invariant:
+    """The server's log has no error that no fault explains, and nothing wrote past it."""
+    found = [*unexpected, *unreadable]
+    return Invariant("the log has no error that no fault explains", not found, "; ".join(found[:SHOWN]) or "none")
+
+
 def not_crossed(outcomes: Iterable[Outcome]) -> Invariant:
     """An answer holds the nonces of its own conversation alone, and a whole one holds its own."""
     crossed = []

@@ -31,8 +31,10 @@ TURN_KINDS: Final = (
     ("error in stream", 2),
 )
 """Kinds of turns with their weights. The last nine are faults."""
-CALM: Final = frozenset({"plain", "streamed", "recall", "tools", "shell", "file"})
-"""Requests that are no faults. `shell` is `tools` in a session whose agent has a shell; `file` is an upload."""
+CALM: Final = frozenset({"plain", "streamed", "recall", "tools", "shell"})
+"""Turns that are no faults. `shell` is `tools` in a session whose agent has a shell."""
+FAULTY: Final = frozenset(kind for kind, _ in TURN_KINDS) - CALM
+"""Turns that bring a fault with them. Requests that are no turns (`create`, `file`, `stream`) are in neither."""
 
 PROCESS_FAULTS: Final = (("kill process", 5), ("stop process", 2), ("flood output", 2), ("pause process", 1))
 STORE_FAULTS: Final = ("restart database", "restart redis", "blob store away", "disk full")

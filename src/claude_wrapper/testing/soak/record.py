@@ -51,7 +51,7 @@ class Record:
     @property
     def fault_count(self) -> int:
         """Faults so far: those done to something, and those that a request brought with it."""
-        return len(self.faults) + sum(one.kind not in plan.CALM for one in self.outcomes)
+        return len(self.faults) + sum(one.kind in plan.FAULTY for one in self.outcomes)
 
     def recent_waits(self) -> list[float]:
         """What the untouched answers of the last moments waited."""

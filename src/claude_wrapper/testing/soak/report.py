@@ -33,7 +33,7 @@ def summary(done: Finished) -> dict[str, Any]:
     by_process: dict[str, list[float]] = defaultdict(list)
     for one in answered:
         by_process[one.process or "no process"].append(one.seconds)
-    brought = Counter(one.kind for one in record.outcomes if one.kind not in plan.CALM)
+    brought = Counter(one.kind for one in record.outcomes if one.kind in plan.FAULTY)
     return {
         "passed": done.passed,
         "seconds": round(done.seconds, 1),
@@ -61,7 +61,6 @@ def summary(done: Finished) -> dict[str, Any]:
         "server_starts": len(record.downs) + 1,
         "log": dict(done.log.counts.most_common()),
         "log_errors": done.log.errors,
-        "log_unreadable": done.log.unreadable,
         "invariants": [{"name": one.name, "holds": one.holds, "detail": one.detail} for one in done.invariants],
     }
 
@@ -136,7 +135,7 @@ def _shown(value: Any) -> str:
 
 def _fault_moments(done: Finished) -> list[float]:
     record = done.record
-    brought = [one.began - record.began for one in record.outcomes if one.kind not in plan.CALM]
+    brought = [one.began - record.began for one in record.outcomes if one.kind in plan.FAULTY]
     return [at for at, _ in record.faults] + brought
 
 

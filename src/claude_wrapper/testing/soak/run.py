@@ -121,7 +121,8 @@ async def soak(settings: SoakSettings, directory: Path, say: Callable[[str], Non
     except Exception:  # noqa: BLE001 - whatever stops a soak is what its report must say
         trouble = traceback.format_exc()[-3000:]
     ended = Invariant("the soak itself ran to its end", not trouble, trouble or "it did")
-    return Finished(settings, record, (ended, *invariants), record.now, described, log)
+    surprises = outcomes.no_surprises(log.unexpected, log.unreadable)
+    return Finished(settings, record, (ended, *invariants, surprises), record.now, described, log)
 
 
 def _server_settings(settings: SoakSettings) -> dict[str, str]:

@@ -1,0 +1,38 @@
+"""Stores that go away under open requests: each client is told, none is left hanging."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from claude_wrapper.testing.stores import RedisServer
+from claude_wrapper.wire.sse import SSEDecoder
+from running_server import running
+
+pytestmark = [pytest.mark.anyio, pytest.mark.process]
+
+
+async def test_an_event_stream_whose_shared_state_goes_away_ends_with_a_clear_error(
+    own_redis: RedisServer, reachable_tmp_path: Path
+) -> None:
+    async with running(reachable_tmp_path, spares=0, redis_url=own_redis.url) as server:
+
+        async def made(path: str, body: dict[str, object]) -> str:
+            async with server.http.post(path, json=body) as response:
+                assert response.status == 200, await response.text()
+                return str((await response.json())["id"])
+
+        agent = await made("/v1/agents", {"name": "a", "model": "claude-sonnet-5-5"})
+        environment = await made("/v1/environments", {"name": "e", "config": {"type": "cloud"}})
+        session = await made("/v1/sessions", {"agent": agent, "environment_id": environment})
+        async with server.http.get(f"/v1/sessions/{session}/events/stream") as stream:
+            assert stream.status == 200
+            await asyncio.to_thread(own_redis.kill)
+            async with asyncio.timeout(20):
+                events = SSEDecoder().feed(await stream.read())
+        last = events[-1]
+        assert last.event == "error"
+        assert b"storage_unavailable" in last.data
+        assert b"req_" in last.data
