@@ -313,10 +313,14 @@ class Settings:
     )
 
     otel_endpoint: str | None = setting(
-        None, "OTLP collector for traces, as `http://collector:4318` (needs the extra `otel`); default: no traces."
+        None,
+        "OTLP collector for traces and metrics, as `http://collector:4318` (needs the extra `otel`); default: none.",
     )
     otel_sample: float = setting(
         1.0, "Share of new traces to keep, 0 to 1; a caller's own decision is respected.", kind="float", minimum=0
+    )
+    otel_metrics_seconds: float = setting(
+        60.0, "How often the metrics are sent to the OTLP collector; 0: traces only.", kind="float", minimum=0
     )
     # Protecting it
     shed_memory_share: float = setting(

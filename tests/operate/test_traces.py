@@ -31,14 +31,15 @@ async def test_a_callers_trace_context_reaches_the_model_api(reachable_tmp_path:
 async def test_one_trace_holds_request_turn_and_model_call_and_no_content(
     reachable_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
     from claude_wrapper.app import telemetry
 
-    exporter = memory.InMemorySpanExporter()
+    exporter = InMemorySpanExporter()
 
     original = telemetry.OTelTracer
     monkeypatch.setattr(telemetry, "OTelTracer", lambda endpoint, **kw: original(endpoint, exporter=exporter, **kw))
-    async with running(reachable_tmp_path, otel_endpoint="http://127.0.0.1:9") as server:
+    async with running(reachable_tmp_path, otel_endpoint="http://127.0.0.1:9", otel_metrics_seconds=0) as server:
         assert await _ask(server, "[[say PLANTED]]") == 200
         async with asyncio.timeout(20):
             while not any(span.name.startswith("chat ") for span in exporter.get_finished_spans()):

@@ -7,7 +7,8 @@ pulled at each scrape, on the event loop, by the sources below.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import os
+import socket
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ from claude_wrapper.telemetry.logs import Logs, configure
 from claude_wrapper.telemetry.looplag import LoopLag
 from claude_wrapper.telemetry.metrics import Metrics
 from claude_wrapper.telemetry.otel import OTelTracer
+from claude_wrapper.telemetry.otelmetrics import MetricsExport
 from claude_wrapper.telemetry.pressure import RETRY_SECONDS, MemoryReader, Shedder, ShedSettings
 from claude_wrapper.telemetry.redact import MAX_LITERAL, MIN_LITERAL, Redactor
 from claude_wrapper.telemetry.tracing import NoTracer, Tracer
@@ -83,18 +85,28 @@ class Telemetry:
             on_drop=self.metrics.log_lines_dropped.inc,
         )
         self.tracer: Tracer = NoTracer()
+        self._exports: MetricsExport | None = None
         if settings.otel_endpoint:
-            resource = {"service.name": "claude-wrapper", "service.version": version}
+            instance = f"{socket.gethostname()}/{os.getpid()}"
+            resource = {"service.name": "claude-wrapper", "service.version": version, "service.instance.id": instance}
             self.tracer = OTelTracer(
                 settings.otel_endpoint, resource=resource, sample=settings.otel_sample, redactor=self.redactor
             )
+            if settings.otel_metrics_seconds:
+                self._exports = MetricsExport(
+                    self.metrics,
+                    settings.otel_endpoint,
+                    clock,
+                    resource=resource,
+                    seconds=settings.otel_metrics_seconds,
+                )
         self.lag = LoopLag(clock, self.metrics.loop_lag.observe)
         self.memory = MemoryReader()
         self.requests = Requests(self.metrics, self.tracer)
         self.turns = Turns(self.metrics, self.tracer, clock, tools=bool(settings.otel_endpoint))
         self.calls = Calls(self.metrics, self.tracer, self.turns, self.models)
         self._factories: list[TimedFactory] = []
-        self._measuring: asyncio.Task[None] | None = None
+        self._running: list[asyncio.Task[None]] = []
         self._follower = Follower()
         self.metrics.started.set(clock.now().timestamp())
         self.metrics.pull("process", collectors.own_process(self.metrics))
@@ -164,18 +176,22 @@ class Telemetry:
     # Life --------------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to measure the event loop's lag."""
-        self._measuring = asyncio.get_running_loop().create_task(self.lag.run(), name="loop-lag")
+        """Begin to measure the event loop's lag, and to send metrics."""
+        loop = asyncio.get_running_loop()
+        self._running.append(loop.create_task(self.lag.run(), name="loop-lag"))
+        if self._exports is not None:
+            self._running.append(loop.create_task(self._exports.run(), name="metrics-export"))
         self.metrics.pull("loop", self._pull_loop)
 
     async def close(self) -> None:
-        """Send what is left of the traces and stop taking the libraries' log records."""
+        """Send what is left of traces and metrics and stop taking the libraries' log records."""
         for factory in self._factories:
             await factory.close()
-        if self._measuring is not None:
-            self._measuring.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._measuring
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        if self._exports is not None:
+            await self._exports.close()
         await self.tracer.close()
         self.logs.close()
 

@@ -1,6 +1,6 @@
 """The OpenTelemetry adapter of `tracing.Tracer`; needs the extra `otel`, which is imported when a tracer is made.
 
-Traces go to an OTLP collector over HTTP, in batches, from a thread of the SDK. Metrics are scraped (`GET /metrics`).
+Traces go to an OTLP collector over HTTP, in batches, from a thread of the SDK. Metrics go there too: see `otelmetrics`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ SCOPE: Final = "claude_wrapper"
 FLUSH_SECONDS: Final = 5.0
 
 
-def _module(name: str) -> Any:
+def otel_module(name: str) -> Any:
+    """A module of OpenTelemetry. Raises ConfigurationError when the extra is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigurationError(
-            "traces need OpenTelemetry: install claude-wrapper[otel], or unset the trace endpoint"
+            "an OTLP endpoint needs OpenTelemetry: install claude-wrapper[otel], or unset CLAUDE_WRAPPER_OTEL_ENDPOINT"
         ) from error
 
 
@@ -48,11 +49,11 @@ class OTelTracer:
         `sample` is the share of new traces that are kept; a caller's own decision is respected. Raises
         ConfigurationError when OpenTelemetry is not installed.
         """
-        self._api = _module("opentelemetry.trace")
-        sdk = _module("opentelemetry.sdk.trace")
-        export = _module("opentelemetry.sdk.trace.export")
-        sampling = _module("opentelemetry.sdk.trace.sampling")
-        resources = _module("opentelemetry.sdk.resources")
+        self._api = otel_module("opentelemetry.trace")
+        sdk = otel_module("opentelemetry.sdk.trace")
+        export = otel_module("opentelemetry.sdk.trace.export")
+        sampling = otel_module("opentelemetry.sdk.trace.sampling")
+        resources = otel_module("opentelemetry.sdk.resources")
         self._redactor = redactor or Redactor()
         self._provider = sdk.TracerProvider(
             resource=resources.Resource.create(dict(resource)),
@@ -60,7 +61,7 @@ class OTelTracer:
             shutdown_on_exit=False,
         )
         if exporter is None:
-            otlp = _module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+            otlp = otel_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
             exporter = otlp.OTLPSpanExporter(endpoint=f"{(endpoint or '').rstrip('/')}/v1/traces")
             processor = export.BatchSpanProcessor(exporter)
         else:

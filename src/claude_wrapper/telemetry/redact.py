@@ -65,10 +65,14 @@ class Shape:
     needles: tuple[str, ...]
     pattern: re.Pattern[str]
     replacement: str = MASK
+    guard: re.Pattern[str] | None = None
+    """Found in the lower-case text wherever `pattern` could match. Cheap, for needles that ordinary lines have too."""
 
 
-def _shape(name: str, needles: str, pattern: str, replacement: str = MASK) -> Shape:
-    return Shape(name, tuple(needles.split()), re.compile(pattern, re.IGNORECASE), replacement)
+def _shape(name: str, needles: str, pattern: str, replacement: str = MASK, *, guard: str | None = None) -> Shape:
+    # The guard minds the case: ten times cheaper than the same pattern without.
+    found = re.compile(guard) if guard else None
+    return Shape(name, tuple(needles.split()), re.compile(pattern, re.IGNORECASE), replacement, found)
 
 
 _GAP: Final = r"(?:\s|%20|\\[nrt])"
@@ -100,6 +104,8 @@ SHAPES: Final = (
         rf"((?:{_NAMED})(?:\\*[\"'])?\s{{0,4}}[:=]\s{{0,4}}(?:\\*[\"'])?)(?!null\b|true\b|false\b)"
         r"[^\s\"'\\,;&<>(){}\[\]]{6,}",
         rf"\1{MASK}",
+        # Most lines have `input_tokens` or `"key":` in them, and no value under the word itself.
+        guard=rf"(?:{_NAMED})[\\\"'\s:=]",
     ),
 )
 
@@ -170,6 +176,8 @@ class Redactor:
         """What may be written of `value` under this key."""
         name = name[: MIN_LITERAL * 16]
         if value is None or isinstance(value, bool) or not secret_name(name):
+            if value.__class__ is float or value.__class__ is int:
+                return value  # most of what is logged
             return self.structure(value, depth=depth, by_shape=by_shape)
         if isinstance(value, int | float) and "tokens" in name:
             return value  # a count
@@ -183,7 +191,8 @@ class Redactor:
         for shape in SHAPES:
             for needle in shape.needles:
                 if needle in lowered:
-                    text = shape.pattern.sub(shape.replacement, text)
+                    if shape.guard is None or shape.guard.search(lowered):
+                        text = shape.pattern.sub(shape.replacement, text)
                     break
         return text
 
