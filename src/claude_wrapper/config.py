@@ -65,9 +65,21 @@ def setting(
     minimum: float | None = None,
     secret: bool = False,
     env: str | None = None,
+    live: bool = False,
 ) -> Any:
-    """One documented setting. `env` names a variable without our prefix that is read when ours is not set."""
-    meta = {"doc": doc, "kind": kind, "choices": choices, "minimum": minimum, "secret": secret, "env": env}
+    """One documented setting. `env` names a variable without our prefix that is read when ours is not set.
+
+    `live`: a running server takes a new value over on SIGHUP.
+    """
+    meta = {
+        "doc": doc,
+        "kind": kind,
+        "choices": choices,
+        "minimum": minimum,
+        "secret": secret,
+        "env": env,
+        "live": live,
+    }
     return field(default=default, repr=not secret, metadata=meta)
 
 
@@ -180,6 +192,7 @@ class Settings:
         (),
         "Hosts that sandboxes with an allow-list may reach, beside the built-in package registries and git hosts; `*.example.com` allows subdomains.",
         kind="list",
+        live=True,
     )
     # Pool
     spares: int = setting(
@@ -276,24 +289,28 @@ class Settings:
     )
     # Limits
     key_limits: str = setting(
-        "", "Limits of every API key without its own, as in `requests=100/hour, concurrent_turns=4`."
+        "", "Limits of every API key without its own, as in `requests=100/hour, concurrent_turns=4`.", live=True
     )
-    user_limits: str = setting("", "Limits of every user without their own.")
-    workspace_limits: str = setting("", "Limits of every workspace without its own.")
-    org_limits: str = setting("", "Limits of every organisation without its own.")
+    user_limits: str = setting("", "Limits of every user without their own.", live=True)
+    workspace_limits: str = setting("", "Limits of every workspace without its own.", live=True)
+    org_limits: str = setting("", "Limits of every organisation without its own.", live=True)
     rates_without_store: str = setting(
         "open",
         "Rate limits while shared state is away: let through (`open`) or refuse (`closed`).",
         choices=("open", "closed"),
+        live=True,
     )
     budgets_without_store: str = setting(
         "closed",
         "Budgets while shared state is away: let through (`open`) or refuse (`closed`).",
         choices=("open", "closed"),
+        live=True,
     )
     price_file: Path | None = setting(None, "Prices to use instead of the packaged list.", kind="Path")
     # Watching it
-    log_level: str = setting("info", "Least severe log lines to write.", choices=("debug", "info", "warning", "error"))
+    log_level: str = setting(
+        "info", "Least severe log lines to write.", choices=("debug", "info", "warning", "error"), live=True
+    )
     log_format: str = setting(
         "auto", "`json`, `console`, or `auto`: console on a terminal.", choices=("auto", "json", "console")
     )
@@ -302,6 +319,7 @@ class Settings:
         "Share of the lines per request and turn to keep, 0 to 1; warnings and errors are always kept.",
         kind="float",
         minimum=0,
+        live=True,
     )
     metrics_public: bool = setting(
         False,
@@ -328,15 +346,17 @@ class Settings:
         "New turns are refused (529) while this share of the memory (the cgroup's, else the machine's) is in use.",
         kind="float",
         minimum=0,
+        live=True,
     )
     shed_pressure: float = setting(
         20.0,
         "New turns are refused while all work waited for memory in this percentage of the last ten seconds (PSI `full`).",
         kind="float",
         minimum=0,
+        live=True,
     )
     shed_lag_seconds: float = setting(
-        5.0, "New turns are refused while the event loop wakes this late.", kind="float", minimum=0
+        5.0, "New turns are refused while the event loop wakes this late.", kind="float", minimum=0, live=True
     )
 
     def __post_init__(self) -> None:
@@ -410,13 +430,21 @@ def _parse(where: str, one: dataclasses.Field[Any], text: str) -> Any:
         raise ConfigurationError(f"{where}:{shown} is not a {type_names[kind]}") from error
 
 
+def changed(before: Settings, after: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(those that a running server can take over, those that need a restart) of the settings that differ, by name."""
+    differ = [one for one in fields(Settings) if getattr(before, one.name) != getattr(after, one.name)]
+    live = tuple(one.name for one in differ if one.metadata["live"])
+    return live, tuple(one.name for one in differ if not one.metadata["live"])
+
+
 def documentation() -> str:
     """The settings as a Markdown table: the content of `docs/settings.md`."""
     lines = [
         "# Settings",
         "",
         "Read from the environment, else from the TOML file named by `CLAUDE_WRAPPER_CONFIG` (same names in lower case, without the prefix).",
-        "An unknown key, in either place, stops the start. This page is generated (`make docs`).",
+        "An unknown key, in either place, stops the start. What is *live* is taken over by a running server on SIGHUP; the rest needs a",
+        "restart. This page is generated (`make docs`).",
         "",
         "| variable | type | default | what it decides |",
         "|---|---|---|---|",
@@ -433,6 +461,7 @@ def documentation() -> str:
             meta["doc"]
             + (f" Also read from `{meta['env']}`." if meta["env"] else "")
             + (" Secret." if meta["secret"] else "")
+            + (" *Live.*" if meta["live"] else "")
         )
         lines.append(f"| `{PREFIX}{one.name.upper()}` | {kind} | {default} | {doc} |")
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -153,3 +154,34 @@ async def test_a_sighup_changes_the_log_level_and_a_file_that_is_wrong_changes_n
         server.signal(signal.SIGHUP)
         await eventually(lambda: "settings.not_reloaded" in server.log_file.read_text())
         assert await requests_logged() > 0
+
+
+async def test_a_sighup_takes_over_limits_and_says_what_needs_a_restart(reachable_tmp_path: Path) -> None:
+    file = reachable_tmp_path / "settings.toml"
+    file.write_text("max_turns = 100\n")
+    async with served(reachable_tmp_path, config=str(file)) as (server, _, http):
+
+        async def status() -> int:
+            async with http.get("/v1/models") as response:
+                return response.status
+
+        def log_of(event: str) -> dict[str, Any]:
+            lines = [json.loads(one) for one in server.log_file.read_text().splitlines() if f'"{event}"' in one]
+            return dict(lines[-1]) if lines else {}
+
+        assert [await status() for _ in range(3)] == [200, 200, 200]
+        file.write_text('max_turns = 50\nkey_limits = "requests=1/hour"\nshed_lag_seconds = 9\n')
+        server.signal(signal.SIGHUP)
+        await eventually(lambda: bool(log_of("settings.reloaded")))
+        told = log_of("settings.reloaded")
+        assert told["taken_over"] == ["key_limits", "shed_lag_seconds"]
+        assert told["needs_restart"] == ["max_turns"]
+        assert [await status() for _ in range(2)] == [200, 429]
+        file.write_text('key_limits = "requests=lots"\n')
+        server.signal(signal.SIGHUP)
+        await eventually(lambda: bool(log_of("settings.not_reloaded")))
+        assert await status() == 429, "what is wrong changes nothing"
+        file.write_text("max_turns = 100\n")
+        server.signal(signal.SIGHUP)
+        await eventually(lambda: log_of("settings.reloaded").get("needs_restart") == [])
+        assert await status() == 200

@@ -14,6 +14,31 @@ from running_server import running
 pytestmark = [pytest.mark.anyio, pytest.mark.process]
 
 
+async def test_a_blob_store_that_is_away_shows_in_health_and_takes_nobody_out_of_service(
+    reachable_tmp_path: Path,
+) -> None:
+    blobs = reachable_tmp_path / "blobs"
+    async with running(reachable_tmp_path, spares=0, blob_url=str(blobs)) as server:
+
+        async def health() -> tuple[int, list[str]]:
+            async with server.http.get("/health") as response:
+                return response.status, (await response.json())["failing"]
+
+        async def becomes(failing: list[str]) -> None:
+            async with asyncio.timeout(20):
+                while (found := await health()) != (200, failing):
+                    assert found[0] == 200, "it does not matter to readiness"
+                    await asyncio.sleep(0.1)  # a report is given again for a second
+
+        await becomes([])
+        blobs.rename(reachable_tmp_path / "away")
+        blobs.write_bytes(b"")  # as after a lost mount: something else is there
+        await becomes(["blobs"])
+        blobs.unlink()
+        (reachable_tmp_path / "away").rename(blobs)
+        await becomes([])
+
+
 async def test_an_event_stream_whose_shared_state_goes_away_ends_with_a_clear_error(
     own_redis: RedisServer, reachable_tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ holds prompts by its nature, and an upstream's error message is the caller's to 
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
 import sys
@@ -163,3 +164,91 @@ async def test_what_an_upstream_says_in_its_errors_is_told_to_the_caller_alone(
     assert _planted(logs.getvalue().encode()) == set()
     assert _planted(metrics) == set()
     assert _in_files(reachable_tmp_path / "data") == {}
+
+
+async def test_secrets_of_sessions_are_in_no_row_and_their_content_in_no_log_trace_or_metric(
+    reachable_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a session says is kept in its rows by its nature; a secret is kept nowhere as it is."""
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from claude_wrapper.app import telemetry
+
+    spans, logs = InMemorySpanExporter(), io.StringIO()
+    original = telemetry.OTelTracer
+    monkeypatch.setattr(telemetry, "OTelTracer", lambda endpoint, **kw: original(endpoint, exporter=spans, **kw))
+    monkeypatch.setattr(sys, "stderr", logs)
+    settings = {"log_level": "debug", "log_format": "json", "upstream_private": True, "anthropic_api_key": KEY}
+    traced = {"otel_endpoint": "http://127.0.0.1:9", "otel_metrics_seconds": 0}
+    async with running(reachable_tmp_path, **settings, **traced) as server:
+
+        async def post(path: str, content: dict[str, Any]) -> dict[str, Any]:
+            async with server.http.post(path, json=content) as response:
+                assert response.status == 200, (path, await response.text())
+                return dict(await response.json())
+
+        vault = await post("/v1/vaults", {"display_name": "safe"})
+        auth = {"type": "static_bearer", "token": "SECRET-PLANTED-vault", "mcp_server_url": "http://127.0.0.1:9/mcp"}
+        await post(f"/v1/vaults/{vault['id']}/credentials", {"display_name": "one", "auth": auth})
+        secret = {"api_key": "SECRET-PLANTED-credential"}
+        upstream = {"kind": "custom", "name": "own", "base_url": server.upstream.url, "secret": secret}
+        await post("/v1/organizations/credentials", upstream)
+        key = await post("/v1/organizations/api_keys", {"name": "short"})
+        form = aiohttp.FormData()
+        form.add_field("file", b"CONTENT-PLANTED-file", filename="note.txt", content_type="text/plain")
+        async with server.http.post("/v1/files", data=form) as response:
+            assert response.status == 200
+        tool = {
+            "type": "custom",
+            "name": "look",
+            "description": "CONTENT-PLANTED-tool",
+            "input_schema": {"type": "object"},
+        }
+        agent = await post(
+            "/v1/agents",
+            {"name": "a", "model": "claude-sonnet-5-5", "system": "CONTENT-PLANTED-system", "tools": [tool]},
+        )
+        environment = await post("/v1/environments", {"name": "e", "config": {"type": "cloud"}})
+        session = await post(
+            "/v1/sessions",
+            {
+                "agent": agent["id"],
+                "environment_id": environment["id"],
+                "title": "CONTENT-PLANTED-title",
+                "metadata": {"note": "CONTENT-PLANTED-metadata"},
+                "vault_ids": [vault["id"]],
+            },
+        )
+        path = f"/v1/sessions/{session['id']}"
+
+        async def said(event: dict[str, Any], until: str) -> dict[str, Any]:
+            await post(f"{path}/events", {"events": [event]})
+            async with asyncio.timeout(60):
+                while True:
+                    async with server.http.get(f"{path}/events?order=desc&limit=1") as response:
+                        (newest,) = (await response.json())["data"]
+                    if (newest.get("stop_reason") or {}).get("type") == until:
+                        return dict(newest)
+                    await asyncio.sleep(0.05)
+
+        text = 'CONTENT-PLANTED-prompt [[tool mcp__client__look {"what": "CONTENT-PLANTED-input"}]] [[then]]'
+        waiting = await said({"type": "user.message", "content": [{"type": "text", "text": text}]}, "requires_action")
+        result = {"type": "user.custom_tool_result", "custom_tool_use_id": waiting["stop_reason"]["event_ids"][0]}
+        await said(result | {"content": [{"type": "text", "text": "CONTENT-PLANTED-result"}]}, "end_turn")
+        async with server.http.get("/metrics") as response:
+            metrics = await response.read()
+    assert spans.get_finished_spans()
+    for where, content in (
+        ("logs", logs.getvalue().encode()),
+        ("traces", "".join(span.to_json() for span in spans.get_finished_spans()).encode()),
+        ("metrics", metrics),
+    ):
+        assert _planted(content) == set(), where
+    kept = _in_files(reachable_tmp_path / "data")
+    everything = set().union(*kept.values())
+    assert b"CONTENT-PLANTED-prompt" in everything, "the look would have found something"
+    assert not [one for one in everything if one.startswith(b"SECRET-")]
+    assert b"CONTENT-PLANTED-file" not in everything, "files are encrypted"
+    assert {name.split(".")[0] for name in kept} == {"claude-wrapper"}, "only the database holds what was said"
+    rows = b"".join(one.read_bytes() for one in (reachable_tmp_path / "data").glob("claude-wrapper.db*"))
+    assert key["secret"].encode() not in rows

@@ -28,6 +28,7 @@ from claude_wrapper.api.reports import security_report
 from claude_wrapper.api.state import ApiSettings, Deps
 from claude_wrapper.app.caching import TOOL
 from claude_wrapper.app.orgsettings import OrgSecurity, OrgSettings
+from claude_wrapper.app.reloading import Reloading
 from claude_wrapper.app.replica import named, running_replica
 from claude_wrapper.app.resources import purge_expired_files, resource_means
 from claude_wrapper.app.telemetry import Telemetry
@@ -150,18 +151,13 @@ class Server:
     sandbox_level: str
     security_level: str
     telemetry: Telemetry
+    reloading: Reloading
     new_admin_key: str | None = None
     requests: InFlight = field(default_factory=InFlight)
 
     def reload(self, read: Callable[[], Settings]) -> None:
-        """Take over what can change at run time. Settings that cannot be read change nothing, and the log says why."""
-        try:
-            settings = read()
-        except ConfigurationError:
-            log.exception("settings.not_reloaded")
-            return
-        self.telemetry.reload(settings)
-        log.warning("settings.reloaded", log_level=settings.log_level)
+        """Take over what can change at run time; see `Reloading`."""
+        self.reloading.reload(read)
 
     async def drain(self, seconds: float, cut: asyncio.Event) -> None:
         """Take no new work; return when all requests and turns have ended, after `seconds`, or when `cut` is set."""
@@ -203,6 +199,7 @@ async def running_server(
         broker, direct = await _running_broker(settings, tenants, telemetry, stack, clock=clock, ids=ids)
         org_settings = OrgSettings(tenants.database, clock)
         security = OrgSecurity(levels, org_settings)
+        egress = _egress_lists(settings, security, org_settings)
         factory = ProcessFactory(
             cli=locate_cli(str(settings.cli) if settings.cli else None),
             slots_dir=slots_dir,
@@ -214,7 +211,7 @@ async def running_server(
             clock=clock,
             ids=ids,
             uids=_uids(settings, sandbox),
-            egress=_egress_lists(settings, security, org_settings),
+            egress=egress,
             limits_by_level={level.value: levels.policy(level).limits for level in levels.allowed},
         )
         private = _networks(settings.private_networks)
@@ -289,7 +286,7 @@ async def running_server(
             return await telemetry.authenticated(request, authenticator)
 
         telemetry.follow(pool, conversations, broker, tenants)
-        health = telemetry.health(settings, data_dir, pool, tenants, broker)
+        health = telemetry.health(settings, data_dir, pool, tenants, broker, blobs=resources.blobs)
         stack.push_async_callback(health.close)
 
         deps = Deps(
@@ -347,6 +344,7 @@ async def running_server(
             new_admin_key=tenants.new_operator_key,
             requests=flight,
             telemetry=telemetry,
+            reloading=Reloading(settings, telemetry, tenants, egress),
         )
 
 

@@ -15,6 +15,7 @@ from claude_wrapper.broker.broker import Broker
 from claude_wrapper.config import Settings
 from claude_wrapper.pool.pool import Pool
 from claude_wrapper.sessions.process import SlotProcess
+from claude_wrapper.storage.blobs import BlobStore
 from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.state import SharedState
 from claude_wrapper.telemetry.looplag import LoopLag
@@ -24,6 +25,8 @@ _MEMORY_SHARE: Final = 0.9
 _DISK_SHARE: Final = 0.95
 _DISK_BYTES: Final = 256 * 2**20
 _LAG_SECONDS: Final = 1.0
+_PROBE: Final = "health/probe"
+"""A blob of two bytes."""
 
 
 def pool_check(pool: Pool[SlotProcess], queue_length: int) -> Check:
@@ -102,6 +105,19 @@ def redis_check(state: SharedState) -> Check:
     return Check("redis", look, matters=False)
 
 
+def blobs_check(blobs: BlobStore) -> Check:
+    """A small blob can be read, and written where it is not there: a lost mount reads as empty. Does not matter to
+    readiness: every replica shares the store, and conversations go on without it.
+    """
+
+    async def look() -> Found:
+        if await blobs.get(_PROBE, limit=64) is None:
+            await blobs.put(_PROBE, b"ok")
+        return Found(ok=True)
+
+    return Check("blobs", look, matters=False)
+
+
 def upstream_check(broker: Broker) -> Check:
     """No breaker is open. Does not matter to readiness: other replicas have the same upstream."""
 
@@ -133,6 +149,7 @@ def all_checks(
     database: Database,
     state: SharedState,
     broker: Broker,
+    blobs: BlobStore,
     memory: MemoryReader,
     lag: LoopLag,
 ) -> list[Check]:
@@ -144,6 +161,7 @@ def all_checks(
         disk_check(data_dir),
         database_check(database),
         *([redis_check(state)] if settings.redis_url else []),
+        blobs_check(blobs),
         upstream_check(broker),
         loop_check(lag),
     ]

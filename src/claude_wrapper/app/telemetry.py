@@ -39,6 +39,7 @@ from claude_wrapper.pool.pool import Pool
 from claude_wrapper.pool.stats import PoolStats
 from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.process import ProcessFactory, SlotProcess
+from claude_wrapper.storage.blobs import BlobStore
 from claude_wrapper.telemetry import collectors
 from claude_wrapper.telemetry.collectors import PoolSample
 from claude_wrapper.telemetry.logs import Logs, configure
@@ -107,6 +108,7 @@ class Telemetry:
         self.calls = Calls(self.metrics, self.tracer, self.turns, self.models)
         self._factories: list[TimedFactory] = []
         self._running: list[asyncio.Task[None]] = []
+        self._shedder: Shedder | None = None
         self._follower = Follower()
         self.metrics.started.set(clock.now().timestamp())
         self.metrics.pull("process", collectors.own_process(self.metrics))
@@ -142,7 +144,14 @@ class Telemetry:
         self.metrics.health.set(ok, check=check)
 
     def health(
-        self, settings: Settings, data_dir: Path, pool: Pool[SlotProcess], tenants: Tenants, broker: Broker
+        self,
+        settings: Settings,
+        data_dir: Path,
+        pool: Pool[SlotProcess],
+        tenants: Tenants,
+        broker: Broker,
+        *,
+        blobs: BlobStore,
     ) -> Health:
         """What `/health` looks at; the caller closes it."""
         looks = all_checks(
@@ -152,6 +161,7 @@ class Telemetry:
             database=tenants.database,
             state=tenants.state,
             broker=broker,
+            blobs=blobs,
             memory=self.memory,
             lag=self.lag,
         )
@@ -159,8 +169,7 @@ class Telemetry:
 
     def protection(self, settings: Settings) -> Callable[[], None]:
         """What is asked before each new turn: raises PoolOverloaded while the machine is short of memory."""
-        limits = ShedSettings(settings.shed_memory_share, settings.shed_pressure, settings.shed_lag_seconds)
-        shedder = Shedder(limits, self.memory, self.lag, self.clock)
+        shedder = self._shedder = Shedder(_thresholds(settings), self.memory, self.lag, self.clock)
 
         def protect() -> None:
             if reason := shedder.reason():
@@ -196,9 +205,11 @@ class Telemetry:
         self.logs.close()
 
     def reload(self, settings: Settings) -> None:
-        """Take over what can change at run time: the level and the sampling of logs."""
+        """Take over what can change at run time: the level and the sampling of logs, the thresholds of shedding."""
         self.logs.set_level(settings.log_level)
         self.logs.set_sample(_sample(settings))
+        if self._shedder is not None:
+            self._shedder.take(_thresholds(settings))
 
     # Sources -------------------------------------------------------------------------------------------------------------
 
@@ -271,6 +282,10 @@ class Telemetry:
 def _refusal(error: AuthenticationFailed) -> str:
     """The reason as a label's value, from our own message."""
     return next((reason for reason in ("expired", "revoked") if reason in error.message), "unknown")
+
+
+def _thresholds(settings: Settings) -> ShedSettings:
+    return ShedSettings(settings.shed_memory_share, settings.shed_pressure, settings.shed_lag_seconds)
 
 
 def _sample(settings: Settings) -> dict[str, float]:

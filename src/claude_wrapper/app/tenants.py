@@ -128,8 +128,8 @@ async def running_tenants(settings: Settings, data_dir: Path, clock: Clock, ids:
         )
         prices = PriceBook(from_file(settings.price_file) if settings.price_file else packaged(), database, clock)
         limit_counts, ledger_counts = LimitCounts(), LedgerCounts()
-        limit_settings = _limit_settings(settings)
-        rules = RuleBook(database, clock, limit_settings, limit_counts)
+        defaults = limit_settings(settings)
+        rules = RuleBook(database, clock, defaults, limit_counts)
         policies = PolicyBook(database, clock)
         caches = Caches(settings, clock, org_keys, holder=ids.new("replica"))
         stack.push_async_callback(caches.close)
@@ -156,7 +156,7 @@ async def running_tenants(settings: Settings, data_dir: Path, clock: Clock, ids:
             AlertDesk(database, LoggedAlerts(), clock, limit_counts),
             clock=clock,
             ids=ids,
-            settings=limit_settings,
+            settings=defaults,
             counts=limit_counts,
         )
         spill = Spill(data_dir / "ledger-spill", ids.new(_SPILL_ID))
@@ -225,7 +225,8 @@ async def _save_last_used(keyring: KeyRing) -> None:
         log.warning("keys.last_used_not_saved", cause=error.message)
 
 
-def _limit_settings(settings: Settings) -> LimitSettings:
+def limit_settings(settings: Settings) -> LimitSettings:
+    """The defaults for everyone. Raises ConfigurationError or InvalidRequest for limits that cannot be read."""
     return LimitSettings(
         default_key=Limits.parse(settings.key_limits),
         default_user=Limits.parse(settings.user_limits),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 import structlog
@@ -48,6 +48,15 @@ def check_org_hosts(value: Any) -> None:
             raise InvalidRequest(error.message, field=f"{EGRESS_HOSTS}[{index}]") from error
 
 
+def base_rules(hosts: Iterable[str]) -> Mapping[Egress, HostRules]:
+    """What each level allows with the operator's own list of hosts. Raises ConfigurationError for what is no pattern."""
+    return {
+        Egress.NONE: HostRules.parse(()),
+        Egress.ALLOWLIST: HostRules.parse((*REGISTRIES_AND_GIT, *hosts)),
+        Egress.OPEN: HostRules.parse(OPEN),
+    }
+
+
 class EgressLists:
     """The rules of every organisation."""
 
@@ -62,12 +71,12 @@ class EgressLists:
         Raises ConfigurationError for what is no pattern.
         """
         self._level = level
-        self._base = {
-            Egress.NONE: HostRules.parse(()),
-            Egress.ALLOWLIST: HostRules.parse((*REGISTRIES_AND_GIT, *hosts)),
-            Egress.OPEN: HostRules.parse(OPEN),
-        }
+        self._base = base_rules(hosts)
         self._of_org = of_org or _none
+
+    def take(self, rules: Mapping[Egress, HostRules]) -> None:
+        """From the next process on, what the operator's list allows now (`base_rules`) holds."""
+        self._base = rules
 
     async def rules(self, org: str) -> HostRules:
         """What this organisation's agents may reach. With the level's egress `none`, an organisation's list is void."""

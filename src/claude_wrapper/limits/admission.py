@@ -66,7 +66,7 @@ class Admitted:
     async def __aenter__(self) -> Admitted:
         admission, subjects = self._admission, self._subjects
         rules = await admission.rules.rules(subjects.org, subjects.session)
-        if not rules.limits and not rules.budgets and not admission.defaults:
+        if not rules.limits and not rules.budgets and not admission.settings.any_default:
             admission.counts.admitted += 1
             return self
         self._readings = await admission.rates.admit(rules, subjects)
@@ -123,15 +123,6 @@ class Admission:
         self.concurrency = Concurrency(stores.leases, guard, clock, ids, settings)
         self.spending = Spending(stores.spend, ledger, alerts, guard=guard, clock=clock, ids=ids, settings=settings)
         self.gate = Gate(rules, self.rates, self.spending, pricer, clock)
-        self.defaults = any(
-            limits.entries
-            for limits in (
-                settings.default_key,
-                settings.default_user,
-                settings.default_workspace,
-                settings.default_organization,
-            )
-        )
 
     def admit(self, principal: Caller, facts: Facts = PLAIN) -> Admitted:
         """A context manager that admits or raises.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from claude_wrapper.limits.values import NO_LIMITS, Limits, Scope
 
@@ -17,9 +17,9 @@ class WithoutStore(enum.StrEnum):
     """Refuse with `storage_unavailable`, which clients retry."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LimitSettings:
-    """Defaults for everyone, and what happens when the shared counters are away."""
+    """Defaults for everyone, and what happens when the shared counters are away. One object for all that asks limits."""
 
     default_key: Limits = NO_LIMITS
     """Limits of every API key that has none of its own, as in `Limits.parse("requests=100/hour")`."""
@@ -43,6 +43,17 @@ class LimitSettings:
     """How often budget counters are raised to what the ledger says."""
     key_prefix: str = "cw"
     """First part of all keys in the shared store."""
+
+    def take(self, other: LimitSettings) -> None:
+        """From the next request on, what `other` says holds."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(other, one.name))
+
+    @property
+    def any_default(self) -> bool:
+        """Whether anybody without limits of their own has any."""
+        defaults = (self.default_key, self.default_user, self.default_workspace, self.default_organization)
+        return any(limits.entries for limits in defaults)
 
     def default(self, scope: Scope) -> Limits:
         match scope:

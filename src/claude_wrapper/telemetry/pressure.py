@@ -113,6 +113,10 @@ class Shedder:
         self._read_at = float("-inf")
         self._reason: str | None = None
 
+    def take(self, settings: ShedSettings) -> None:
+        """New thresholds, from the next turn on."""
+        self._settings, self._read_at = settings, float("-inf")
+
     def reason(self) -> str | None:
         """A word of `metrics.SHED_REASONS`, or None."""
         now = self._clock.monotonic()
