@@ -162,22 +162,22 @@ async def test_a_sighup_takes_over_limits_and_says_what_needs_a_restart(reachabl
     async with served(reachable_tmp_path, config=str(file)) as (server, _, http):
 
         async def status() -> int:
-            async with http.get("/v1/models") as response:
+            async with http.post("/v1/messages", json=body("[[say ok]]")) as response:
                 return response.status
 
         def log_of(event: str) -> dict[str, Any]:
             lines = [json.loads(one) for one in server.log_file.read_text().splitlines() if f'"{event}"' in one]
             return dict(lines[-1]) if lines else {}
 
-        assert [await status() for _ in range(3)] == [200, 200, 200]
-        file.write_text('max_turns = 50\nkey_limits = "requests=1/hour"\nshed_lag_seconds = 9\n')
+        assert [await status() for _ in range(2)] == [200, 200]
+        file.write_text('max_turns = 50\norg_limits = "requests=1/hour"\nshed_lag_seconds = 9\n')
         server.signal(signal.SIGHUP)
         await eventually(lambda: bool(log_of("settings.reloaded")))
         told = log_of("settings.reloaded")
-        assert told["taken_over"] == ["key_limits", "shed_lag_seconds"]
+        assert told["taken_over"] == ["org_limits", "shed_lag_seconds"]
         assert told["needs_restart"] == ["max_turns"]
         assert [await status() for _ in range(2)] == [200, 429]
-        file.write_text('key_limits = "requests=lots"\n')
+        file.write_text('org_limits = "requests=lots"\n')
         server.signal(signal.SIGHUP)
         await eventually(lambda: bool(log_of("settings.not_reloaded")))
         assert await status() == 429, "what is wrong changes nothing"
