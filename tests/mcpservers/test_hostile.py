@@ -149,7 +149,7 @@ async def test_a_session_that_the_server_forgot_is_begun_again_and_ended_at_the_
 
 async def test_the_transport_of_before_is_found_out_and_must_stay_at_its_origin(far: Far) -> None:
     streams: list[web.StreamResponse] = []
-    target = "/messages?session=1"
+    target, closing = "/messages?session=1", asyncio.Event()
 
     async def old(request: web.Request) -> web.StreamResponse:
         if request.method == "GET":
@@ -157,7 +157,8 @@ async def test_the_transport_of_before_is_found_out_and_must_stay_at_its_origin(
             await response.prepare(request)
             await response.write(f"event: endpoint\ndata: {target}\n\n".encode())
             streams.append(response)
-            await asyncio.Event().wait()
+            await closing.wait()
+            return response
         if request.path != "/messages":
             return web.Response(status=405)
         message = await request.json()
@@ -172,6 +173,15 @@ async def test_the_transport_of_before_is_found_out_and_must_stay_at_its_origin(
         for spec in (at(far, "/sse"), at(far, "/sse", legacy=True)):
             found = await probe(servers, OWNER, spec)
             assert (found["status"], [tool["name"] for tool in found["tools"]]) == ("connected", ["echo", "shout"])
+        remote = await servers.connect(OWNER, at(far, "/sse"))
+        await remote.exchange(HELLO)
+        await remote.exchange(call(text="a"))
+        closing.set()  # the stream ends: the next call opens another
+        while remote._bridge._legacy is not None and remote._bridge._legacy.open_still:
+            await asyncio.sleep(0)
+        closing.clear()
+        assert (await remote.exchange(call(text="b")) or {})["result"]["content"][0]["text"] == "echo #2: b"
+        await remote.close()
         target = "http://127.0.0.1:9/steal"
         found = await probe(servers, OWNER, at(far, "/sse"))
         assert found["error"]["type"] == "forbidden"
@@ -194,6 +204,9 @@ async def test_the_bridge_tries_twice_then_lets_the_turn_go_on_and_tries_again_i
         assert (again, anew) == (offered, {"gone"})
         assert "error" in await bridge.handle("gone", HELLO)
         assert [one.final for one in told[2:]] == [True], "a server that hangs is waited for once a turn"
+        barred = at(far, barred=True)
+        await bridge.serve({}, {"docs": barred}, with_client_tools=False)
+        assert "allowed_hosts" in (await bridge.handle("docs", HELLO))["error"]["message"]
         await bridge.close()
 
 

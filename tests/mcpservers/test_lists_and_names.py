@@ -106,6 +106,15 @@ def test_an_agents_policies_hold_under_the_names_that_the_cli_uses() -> None:
     assert cli.startswith("client-"), "the server of the client's own tools is not taken"
     assert (spec.name, spec.vault_ids, dict(spec.rules.kept_seconds)) == ("client", ("vlt_1",), {"a.b": 60.0})
     assert [spec.rules.allows(tool) for tool in ("a.b", "a_b", "off", "new")] == [True, True, False, True]
+    environments: list[tuple[dict[str, Any], bool]] = [
+        ({"type": "cloud", "networking": {"type": "unrestricted"}}, False),
+        ({"networking": {"type": "limited", "allowed_hosts": ["other.com"]}}, True),
+        ({"networking": {"type": "limited", "allowed_hosts": ["example.com"]}}, False),
+        ({"networking": {"type": "limited", "allowed_hosts": [], "allow_mcp_servers": True}}, False),
+        ({"type": "self_hosted"}, False),
+    ]
+    for environment, barred in environments:
+        assert servers_of(agent, [], environment)[cli].barred == barred
     decide = policy_of(agent)
     assert [decide(f"mcp__{cli}__{tool}", None) for tool in ("a_b", "off", "new")] == [ALLOW, DENY, ASK]
     assert decide("mcp__other__x", None) == DENY

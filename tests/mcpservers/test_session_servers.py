@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,12 @@ async def test_a_server_that_cannot_be_used_is_an_event_and_the_others_go_on(
     assert [one["status"] for one in found] == ["connected", "connected", "needs_auth", "needs_auth"]
     assert [len(one["tools"]) for one in found] == [2, 2, 0, 0]
     assert len(await known(server)) == 3, "a probe is not one of the organisation's servers"
+    # When the session is over, the server is told.
+    ended = far.calls["DELETE"]
+    await client.beta.sessions.archive(session.id)
+    async with asyncio.timeout(10):
+        while far.calls["DELETE"] < ended + 2:
+            await asyncio.sleep(0.01)  # it is not waited for
 
 
 async def test_only_enabled_tools_are_offered_and_can_be_called(

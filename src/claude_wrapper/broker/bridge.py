@@ -156,9 +156,11 @@ class McpBridge:
     async def _once(self, message: Mapping[str, Any], method: str) -> dict[str, Any] | None:
         if method == "initialize":
             self._session = self._protocol = None
-            if self._server.legacy:
+            if self._server.legacy or self._legacy is not None:
                 return await self._begin_legacy(message)
         if self._legacy is not None:
+            if not self._legacy.open_still:
+                raise _ForgottenSession
             return await self._legacy.ask(message)
         wants_answer = "id" in message and "method" in message
         answer = await self._client.ask(self._server, McpAsk("POST", self._headers(), msgspec.json.encode(message)))
@@ -194,6 +196,7 @@ class McpBridge:
             await self._check(instead or answer)
             raise McpFailed(Outcome.PROTOCOL, "does not open a listening stream")
         response = await legacy.ask(message)
+        self._hello = dict(message)
         version = as_mapping((response or {}).get("result")).get("protocolVersion")
         self._protocol = version if isinstance(version, str) and version.isprintable() else None
         return response

@@ -39,6 +39,11 @@ class LegacyStream:
             self._reading = asyncio.create_task(self._read(answer), name=f"mcp sse {self._server.name}")
         return answer
 
+    @property
+    def open_still(self) -> bool:
+        """Whether answers can come."""
+        return self._reading is not None and not self._reading.done()
+
     async def ask(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
         """Send a message and wait for its answer, if it has one. Raises WrapperError; the caller bounds the time."""
         if self._target is None:

@@ -76,6 +76,7 @@ def setup(
     oauth: bool,
     aliases: Mapping[str, str],
     vault_ids: tuple[str, ...] = (),
+    environment: Mapping[str, Any] | None = None,
     self_hosted: bool = False,
 ) -> Setup:
     """Raises PermissionDenied when the agent has a tool that this server's security level excludes.
@@ -93,7 +94,7 @@ def setup(
         raise PermissionDenied(f"agent.tools: built-in tools are not allowed: {why}")
     # What the level excludes is not offered to the model: the other tools stay useful.
     tools = tuple(sorted(enabled & set(security.tools)))
-    servers = servers_of(agent, vault_ids)
+    servers = servers_of(agent, vault_ids, environment)
     asked = {name for name in tools if decide(name, None) == ASK} | {f"mcp__{name}" for name in servers}
     prompt = agent.get("system")
     system = [{"type": "text", "text": prompt}] if prompt else None

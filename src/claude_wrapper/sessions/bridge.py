@@ -223,9 +223,12 @@ class Bridge:
         for future in self._calls.values():
             future.cancel()
         self._calls.clear()
+        await self.disconnect()
+
+    async def disconnect(self) -> None:
+        """End the conversations with remote servers: the process that uses them is gone."""
         remotes, self._remotes = list(self._remotes.values()), {}
-        for remote in remotes:
-            await remote.close()
+        await asyncio.gather(*(remote.close() for remote in remotes))
 
 
 def _tool_result(block: Mapping[str, Any]) -> dict[str, Any]:

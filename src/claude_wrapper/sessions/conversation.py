@@ -291,8 +291,14 @@ class Conversation:
     def lose(self, process: SlotProcess) -> None:
         """The process goes. What an agent did to its files and learned is kept for its next process."""
         self.process = None
+        self.hang_up()
         if process.profile.tools != ():
             self.resume = process.keep(self._rooms.kept_dir / process.slot)
+
+    def hang_up(self) -> None:
+        """End the conversations with remote MCP servers, which belong to the process that went."""
+        if self._bridge is not None:
+            self._rooms.spawn(self._bridge.disconnect())
 
     async def _claim(self, turn_input: TurnInput) -> Claim[SlotProcess]:
         if self.process is not None and self.process.fingerprint != turn_input.spec.fingerprint:

@@ -250,6 +250,7 @@ class Conversations:
         if conversation is None:
             return None
         conversation.process = None
+        conversation.hang_up()
         if process.profile.tools != () and process.agent.session_uuid is not None:
             # Its workspace and the CLI's own transcript are the conversation: both are kept for --resume.
             conversation.resume = process.keep(self._kept_dir / process.slot)
@@ -320,6 +321,7 @@ class Conversations:
 
     def _forget(self, conversation: Conversation) -> None:
         self._unindex(conversation)
+        conversation.hang_up()
         if not conversation.ended:
             conversation.ended = True
             self.on_forgotten(conversation)

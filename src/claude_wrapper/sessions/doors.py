@@ -121,6 +121,7 @@ class Doors:
             oauth=oauth,
             aliases=self._aliases,
             vault_ids=vault_ids,
+            environment=session.environment,
             self_hosted=is_self_hosted(session),
         )
 

@@ -12,9 +12,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import msgspec
 
+from claude_wrapper.broker.hosts import HostRules
 from claude_wrapper.sessions.resources.tools import MCP_TOOLSET
 from claude_wrapper.wire.extensions import RESERVED_MCP_NAMES
 
@@ -24,6 +26,7 @@ MAX_TOOL_BYTES: Final = 64 * 1024
 MAX_LIST_BYTES: Final = 1024 * 1024
 MAX_DESCRIPTION: Final = 8 * 1024
 MAX_DEPTH: Final = 32
+HTTPS: Final = 443
 _PLAIN: Final = re.compile(r"[A-Za-z0-9](?:_?[A-Za-z0-9-])*\Z")
 _TOOL: Final = re.compile(r"[A-Za-z0-9_./-]{1,72}\Z")
 _NOT_CLI: Final = re.compile(r"[^A-Za-z0-9_-]")
@@ -61,6 +64,8 @@ class RemoteSpec:
     """Speaks the SSE transport of 2024-11-05."""
     known: bool = False
     """Belongs to an agent or session, and is shown among its owner's servers."""
+    barred: bool = False
+    """The session's environment does not let its agent use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +109,26 @@ def rules_of(entry: Mapping[str, Any] | None) -> ToolRules:
     )
 
 
-def servers_of(agent: Mapping[str, Any], vault_ids: Sequence[str]) -> dict[str, RemoteSpec]:
-    """The servers of an agent, by the names that the CLI is told."""
+def servers_of(
+    agent: Mapping[str, Any], vault_ids: Sequence[str], environment: Mapping[str, Any] | None = None
+) -> dict[str, RemoteSpec]:
+    """The servers of an agent in an environment (its `config`), by the names that the CLI is told."""
     toolsets = {one["mcp_server_name"]: one for one in agent.get("tools") or () if one.get("type") == MCP_TOOLSET}
     servers = {one["name"]: one["url"] for one in agent.get("mcp_servers") or ()}
-    return {
-        cli: RemoteSpec(name, servers[name], {}, tuple(vault_ids), rules_of(toolsets.get(name)), known=True)
-        for name, cli in cli_names(servers).items()
-    }
+    found: dict[str, RemoteSpec] = {}
+    for name, cli in cli_names(servers).items():
+        rules, barred = rules_of(toolsets.get(name)), not _reachable(servers[name], environment or {})
+        found[cli] = RemoteSpec(name, servers[name], {}, tuple(vault_ids), rules, known=True, barred=barred)
+    return found
+
+
+def _reachable(url: str, environment: Mapping[str, Any]) -> bool:
+    """Whether an environment lets its agents use this server: limited networking names hosts, or allows all servers."""
+    networking = environment.get("networking") or {}
+    if networking.get("type") != "limited" or networking.get("allow_mcp_servers"):
+        return True
+    host = (urlsplit(url).hostname or "").lower()
+    return HostRules.parse(networking.get("allowed_hosts") or ()).allows(host, HTTPS)
 
 
 def shown_names(agent: Mapping[str, Any]) -> dict[str, str]:

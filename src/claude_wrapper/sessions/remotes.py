@@ -82,7 +82,9 @@ class RemoteServers:
         self._cache = cache
 
     async def connect(self, owner: Owner, spec: RemoteSpec) -> Remote:
-        """A connection that has not been used yet. Raises McpFailed when the credential cannot be had."""
+        """A connection that has not been used yet. Raises McpFailed when it may not be, or the credential cannot be had."""
+        if spec.barred:
+            raise McpFailed(Outcome.FORBIDDEN, "its host is not one of the environment's allowed_hosts")
         credential: McpCredential | None = FixedHeaders(spec.headers) if spec.headers else None
         identity = repr(sorted(spec.headers.items())) if spec.headers else ""
         if spec.vault_ids:
