@@ -51,6 +51,9 @@ def node() -> str:
     found = shutil.which("node")
     if found is None or not Path(found).resolve().is_relative_to("/usr"):
         pytest.skip("there is no node under /usr, where a sandboxed process could run it")
+    version = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+    if int(version.removeprefix("v").partition(".")[0] or 0) < 20:
+        pytest.skip(f"server-everything needs Node 20; this is {version.strip()}")
     return found
 
 

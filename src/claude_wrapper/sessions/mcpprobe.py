@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from typing import Any, Final
 
 from claude_wrapper.broker.bridge import McpFailed, Outcome
 from claude_wrapper.sessions.mcpservers import RemoteSpec
 from claude_wrapper.sessions.remotes import RemoteServers
+from claude_wrapper.sessions.resources.mcptokens import INITIALIZE
 from claude_wrapper.sessions.spec import Owner
 
 PROBE_SECONDS: Final = 25.0
-_PROTOCOL: Final = "2025-06-18"
-_HELLO: Final[Mapping[str, Any]] = {
-    "jsonrpc": "2.0",
-    "id": 0,
-    "method": "initialize",
-    "params": {
-        "protocolVersion": _PROTOCOL,
-        "capabilities": {},
-        "clientInfo": {"name": "claude-wrapper", "version": "1"},
-    },
-}
 _NOT_REACHED: Final = frozenset({Outcome.FORBIDDEN, Outcome.UNREACHABLE, Outcome.TIMEOUT})
 
 
@@ -57,7 +46,7 @@ async def _ask(remotes: RemoteServers, owner: Owner, spec: RemoteSpec, found: di
     remote = await remotes.connect(owner, spec)
     found["credential"] = "sent" if remote.has_credential else "none"
     try:
-        answer = await remote.exchange(_HELLO)
+        answer = await remote.exchange(INITIALIZE)
         await remote.exchange({"jsonrpc": "2.0", "method": "notifications/initialized"})
         result = (answer or {}).get("result", {})
         found["protocol_version"], found["server_info"] = result.get("protocolVersion"), result.get("serverInfo")

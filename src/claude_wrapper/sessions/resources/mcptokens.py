@@ -49,7 +49,7 @@ _LEASE: Final = 30.0
 _WAIT: Final = 40.0
 _POLL: Final = 0.25
 _PROTOCOL: Final = "2025-06-18"
-_INITIALIZE: Final = {
+INITIALIZE: Final[Mapping[str, Any]] = {
     "jsonrpc": "2.0",
     "id": 1,
     "method": "initialize",
@@ -272,7 +272,7 @@ class McpTokens:
         }
         try:
             posted = await self._means.outward.post(
-                credential.auth["mcp_server_url"], headers, msgspec.json.encode(_INITIALIZE)
+                credential.auth["mcp_server_url"], headers, msgspec.json.encode(INITIALIZE)
             )
         except (UpstreamUnavailable, PermissionDenied):
             return "unknown", None
