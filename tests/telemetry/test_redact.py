@@ -9,7 +9,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from claude_wrapper.telemetry.redact import MASK, MAX_DEPTH, MAX_LITERAL, MAX_LITERALS, MAX_TEXT, Redactor, secret_name
+from claude_wrapper.telemetry.redact import (
+    MASK,
+    MAX_DEPTH,
+    MAX_LITERAL,
+    MAX_LITERALS,
+    MAX_TEXT,
+    SHAPES,
+    Redactor,
+    secret_name,
+)
 
 TAIL = st.text(string.ascii_letters + string.digits + "_-", min_size=24, max_size=80)
 ALNUM = st.text(string.ascii_letters + string.digits, min_size=24, max_size=60)
@@ -194,3 +203,14 @@ def test_the_name_test_is_not_fooled_by_case_or_dashes() -> None:
 
 def test_a_redactor_does_not_show_its_literals() -> None:
     assert "correct horse" not in repr(Redactor(["correct horse"]))
+
+
+@given(
+    st.lists(st.sampled_from([*"aT1_- :=\"'\\\n{,", "token", "Secret", "api_key", "PASSWORD", "apikey_", "abcdef12"]))
+)
+@settings(max_examples=300, deadline=None)
+def test_a_guard_lets_everything_pass_that_its_pattern_would_find(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    for shape in SHAPES:
+        if shape.guard is not None and shape.pattern.search(text):
+            assert shape.guard.search(text.lower())

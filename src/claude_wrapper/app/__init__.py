@@ -285,6 +285,7 @@ async def running_server(
         async def authenticate(request: Request) -> Principal:
             return await telemetry.authenticated(request, authenticator)
 
+        telemetry.follow_leases(own)
         telemetry.follow(pool, conversations, broker, tenants)
         health = telemetry.health(settings, data_dir, pool, tenants, broker, blobs=resources.blobs)
         stack.push_async_callback(health.close)

@@ -38,6 +38,7 @@ from claude_wrapper.errors import AuthenticationFailed, PoolOverloaded
 from claude_wrapper.pool.pool import Pool
 from claude_wrapper.pool.stats import PoolStats
 from claude_wrapper.sessions.conversations import Conversations
+from claude_wrapper.sessions.ownership import Ownership
 from claude_wrapper.sessions.process import ProcessFactory, SlotProcess
 from claude_wrapper.storage.blobs import BlobStore
 from claude_wrapper.telemetry import collectors
@@ -212,6 +213,20 @@ class Telemetry:
             self._shedder.take(_thresholds(settings))
 
     # Sources -------------------------------------------------------------------------------------------------------------
+
+    def follow_leases(self, own: Ownership) -> None:
+        """Read what this replica holds at each scrape."""
+
+        def pull() -> None:
+            self.metrics.leases_held.set(len(own))
+            for step, count in own.steps.items():
+                self._follower.follow(
+                    ("lease", step),
+                    count,
+                    lambda grown, step=step: self.metrics.lease_steps.inc(grown, step=step),  # type: ignore[misc]
+                )
+
+        self.metrics.pull("leases", pull)
 
     def follow(self, pool: Pool[SlotProcess], conversations: Conversations, broker: Broker, tenants: Tenants) -> None:
         """Read these at each scrape."""

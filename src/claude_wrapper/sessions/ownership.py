@@ -10,6 +10,7 @@ nothing once another has taken the session.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class Ownership:
         self._taking: dict[str, asyncio.Task[int]] = {}
         self._releasing: dict[str, asyncio.Task[None]] = {}
         self._renewed = float("-inf")
+        self.steps: Counter[str] = Counter()
+        """What happened so far: `acquired`, `renewed` (of the replica, all sessions at once), `released`, `lost`."""
 
     def __len__(self) -> int:
         return len(self._fences)
@@ -96,6 +99,7 @@ class Ownership:
                 changes = {"address": self.address, "expires_at": until}
                 await tx.execute(upsert(tx.dialect.name, replicas, ("id",), changes).values(**row))
         first, self._renewed = self._renewed == float("-inf"), asked
+        self.steps["renewed"] += 1
         if late and not first:
             log.warning("replica.was_late", lease_seconds=self.lease_seconds)
             await self._look()
@@ -183,6 +187,7 @@ class Ownership:
             self.lose(session, known)
         if fence is not None:
             self._fences[session] = fence
+            self.steps["acquired"] += 1
             return fence
         if place is None or place.replica == self.replica:
             raise LeaseLost(
@@ -200,6 +205,7 @@ class Ownership:
         if self._fences.get(session) != fence:
             return None
         del self._fences[session]
+        self.steps["released"] += 1
         task = self._releasing[session] = asyncio.get_running_loop().create_task(self._release(session, fence))
         task.add_done_callback(lambda _: self._releasing.pop(session, None))
         return task
@@ -218,6 +224,7 @@ class Ownership:
         """Somebody else has it: a write with this fence was refused."""
         if self._fences.get(session) == fence:
             del self._fences[session]
+            self.steps["lost"] += 1
             log.warning("session.lost", session=session, fence=fence)
             self.on_lost(session, fence)
 

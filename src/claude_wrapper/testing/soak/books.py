@@ -9,6 +9,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from claude_wrapper.storage import Database
+from claude_wrapper.storage.dialects import now_ms
+from claude_wrapper.storage.tables.replicas import replicas
 from claude_wrapper.storage.tables.sessions import session_events
 from claude_wrapper.storage.tables.usage import usage_calls
 
@@ -22,6 +24,8 @@ class Books:
     """(session, rows, least number, largest number)."""
     streams: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
     """(number, id) of each session's own stream, in order."""
+    leases: list[str] = field(default_factory=list)
+    """Replicas whose lease on their sessions still runs."""
 
 
 # tenant-scope: the soak's own look at the books of all organisations of the server that it started itself
@@ -32,6 +36,8 @@ async def read_books(url: str) -> Books:
     try:
         async with database.read() as tx:
             books.ledger = [dict(row) for row in (await tx.execute(sa.select(usage_calls))).mappings()]
+            living = sa.select(replicas.c.id).where(replicas.c.expires_at > now_ms())
+            books.leases = list((await tx.execute(living)).scalars())
             counts = sa.select(
                 events.session_id, sa.func.count(), sa.func.min(events.seq), sa.func.max(events.seq)
             ).group_by(events.session_id)

@@ -345,6 +345,7 @@ class _Run:
         left = await asyncio.to_thread(self._left)
         url = self.around.settings.get("database_url") or f"sqlite:///{self.server.data_dir / 'claude-wrapper.db'}"
         books = await read_books(url)
+        left["leases"] += books.leases
         return self._judge(code, left, books)
 
     def _judge(self, code: int, left: dict[str, list[Any]], books: Books) -> tuple[Invariant, ...]:
