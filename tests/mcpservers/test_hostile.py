@@ -207,6 +207,12 @@ async def test_the_bridge_tries_twice_then_lets_the_turn_go_on_and_tries_again_i
         barred = at(far, barred=True)
         await bridge.serve({}, {"docs": barred}, with_client_tools=False)
         assert "allowed_hosts" in (await bridge.handle("docs", HELLO))["error"]["message"]
+        local = {"here": {"type": "stdio", "command": "/nothing"}}
+        await bridge.serve(local, {}, with_client_tools=False)
+        bridge.note_failures({"here": "Connection closed"})
+        assert told[-1].event()["error"]["message"] == "The MCP server here could not be started: Connection closed."
+        assert (await bridge.serve(local, {}, with_client_tools=False))[1] == {"here"}, "the next turn tries again"
+        assert (await bridge.serve(local, {}, with_client_tools=False))[1] == frozenset()
         await bridge.close()
 
 

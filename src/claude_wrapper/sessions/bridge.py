@@ -85,6 +85,8 @@ class Bridge:
         """Told of each failure of a remote server."""
         self.on_reused: Callable[[str], None] = lambda _tool_use_id: None
         """Told of each call that a kept result answers."""
+        self._not_started: set[str] = set()
+        """Local servers that the CLI could not start."""
         self._remotes: dict[str, RemoteServer] = {}
         self._calls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._expected: set[str] = set()
@@ -144,6 +146,8 @@ class Bridge:
         servers: dict[str, dict[str, Any]] = {name: dict(spec) for name, spec in local.items()}
         servers |= {name: {"type": "sdk", "name": name} for name in remote}
         changed = {name for name, spec in self._specs.items() if remote.get(name) != spec} | self._failures.keys()
+        changed |= self._not_started
+        self._not_started = set()
         for name in changed:
             connection = self._remotes.pop(name, None)
             if connection is not None:
@@ -155,6 +159,14 @@ class Bridge:
         if self._offered[SANDBOX_SERVER]:
             servers[SANDBOX_SERVER] = {"type": "sdk", "name": SANDBOX_SERVER}
         return servers, frozenset(changed & servers.keys())
+
+    def note_failures(self, errors: Any) -> None:
+        """What the CLI answered to `mcp_set_servers`: local servers that it could not start. The next turn tries again."""
+        for name, problem in errors.items() if isinstance(errors, Mapping) else ():
+            if name not in self._specs:
+                self._not_started.add(str(name))
+                words = f"could not be started: {str(problem)[:300]}"
+                self.on_trouble(Trouble(str(name), Outcome.UNREACHABLE, words, final=True))
 
     async def handle(self, server: str, message: dict[str, Any]) -> dict[str, Any]:
         """Answer one JSON-RPC message of the CLI."""

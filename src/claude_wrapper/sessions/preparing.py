@@ -56,12 +56,13 @@ async def set_up(process: SlotProcess, bridge: Bridge, turn_input: TurnInput) ->
         await process.agent.apply_flag_settings({"permissions": {"ask": sorted(spec.asked_tools)}})
         process.asked_tools = spec.asked_tools
     servers, anew = await bridge.serve(spec.mcp_servers, spec.remote_servers, with_client_tools=bool(spec.client_tools))
-    if anew & process.mcp_servers.keys():
+    if anew:
         # The CLI keeps a connection whose description is the same.
         await process.agent.mcp_set_servers({name: one for name, one in servers.items() if name not in anew})
         process.mcp_servers = {}
     if servers != process.mcp_servers:
-        await process.agent.mcp_set_servers(servers)
+        answer = await process.agent.mcp_set_servers(servers)
+        bridge.note_failures(answer.get("errors"))
         process.mcp_servers = servers
 
 
