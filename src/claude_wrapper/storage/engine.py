@@ -20,6 +20,7 @@ from claude_wrapper.clock import Clock, SystemClock
 from claude_wrapper.errors import StorageUnavailable
 from claude_wrapper.storage import dialects
 from claude_wrapper.storage.failures import NOT_APPLIED, UNKNOWN, mapped_failures
+from claude_wrapper.storage.sqlitetrips import save_trips
 
 T = TypeVar("T")
 
@@ -222,6 +223,7 @@ def _sqlite_engine(url: sa.URL, settings: DatabaseSettings, *, read_only: bool) 
         pool_timeout=settings.pool_timeout,
         connect_args={"timeout": settings.busy_timeout},
     )
+    save_trips(engine.sync_engine)
     pragmas = dialects.sqlite_pragmas(settings.busy_timeout, read_only=read_only)
     begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"
 
