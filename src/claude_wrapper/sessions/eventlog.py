@@ -14,7 +14,7 @@ answer comes on the same channel, in order, so what follows it fits without a se
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -89,6 +89,18 @@ class Opened:
     """The newest event's number."""
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How far a session is: every event moves `seq`, every change of its row moves `version`."""
+
+    seq: int
+    version: int
+
+
+class MovedOn(Exception):
+    """Somebody wrote to the session meanwhile; nothing was written."""
+
+
 class SlowReader(Exception):
     """The reader was too far behind and is cut off; it may come back with the last id that it saw."""
 
@@ -159,25 +171,60 @@ class EventLog:
         """
         if not events:
             return []
+        stored, _ = await self.write_with(tx, principal, session, events, {}, queued=queued, fence=fence)
+        return stored
+
+    async def write_with(
+        self,
+        tx: AsyncConnection,
+        principal: Principal,
+        session: str,
+        events: Sequence[dict[str, Any]],
+        changes: Mapping[str, Any],
+        *,
+        queued: bool = False,
+        fence: int | None = None,
+        at: Mark | None = None,
+    ) -> tuple[list[Stored], Mark]:
+        """`write`, with `changes` to the session's columns in the same statement; also how far the session is then.
+
+        `at`: only if nobody has written to the session since; else MovedOn.
+        """
         now = self._clock.now()
         mine = sa.and_(owned(principal, sessions), sessions.c.id == session)
+        where = mine if fence is None else sa.and_(mine, sessions.c.fence == fence)
+        if at is not None:
+            where = sa.and_(where, sessions.c.last_seq == at.seq, sessions.c.version == at.version)
         taken = await tx.execute(
             sa.update(sessions)
-            .where(mine if fence is None else sa.and_(mine, sessions.c.fence == fence))
-            .values(last_seq=sessions.c.last_seq + len(events), updated_at=now)
-            .returning(sessions.c.last_seq)
+            .where(where)
+            .values(
+                last_seq=sessions.c.last_seq + len(events),
+                version=sessions.c.version + (1 if changes else 0),
+                updated_at=now,
+                **changes,
+            )
+            .returning(sessions.c.last_seq, sessions.c.version)
         )
-        last = taken.scalar()
-        if last is None:
-            if fence is not None and (await tx.execute(sa.select(sessions.c.id).where(mine))).first() is not None:
+        row = taken.first()
+        if row is None:
+            found = None
+            if fence is not None or at is not None:
+                found = (await tx.execute(sa.select(sessions.c.fence).where(mine))).first()
+            if found is None:
+                raise NotFound(f"there is no session {session}")
+            if fence is not None and found.fence != fence:
                 raise LeaseLost(f"session {session} was taken over by another replica")
-            raise NotFound(f"there is no session {session}")
+            raise MovedOn
+        mark = Mark(*row)
+        if not events:
+            return [], mark
         common = {"session_id": session, "org_id": principal.org, "written_at": now}
         common["processed_at"] = None if queued else now
-        first = last - len(events) + 1
-        rows = [{**common, "seq": first + at, **self._row(event)} for at, event in enumerate(events)]
+        first = mark.seq - len(events) + 1
+        rows = [{**common, "seq": first + place, **self._row(event)} for place, event in enumerate(events)]
         await tx.execute(sa.insert(session_events), rows)
-        return [_stored(row) for row in rows]
+        return [_stored(row) for row in rows], mark
 
     def _row(self, event: dict[str, Any]) -> dict[str, Any]:
         kind = str(event["type"])

@@ -16,40 +16,31 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper.clock import Clock
-from claude_wrapper.errors import LeaseLost, NotFound, StorageUnavailable, UpstreamError, WrapperError
+from claude_wrapper.errors import LeaseLost, NotFound, StorageUnavailable
 from claude_wrapper.ids import Ids
 from claude_wrapper.sessions import records
 from claude_wrapper.sessions.conversation import Conversation
-from claude_wrapper.sessions.eventlog import EventLog, InFlight, Stored, answering
+from claude_wrapper.sessions.eventlog import EventLog, InFlight, Mark, MovedOn, Stored, answering
 from claude_wrapper.sessions.mcpservers import shown_names
 from claude_wrapper.sessions.ownership import Ownership
 from claude_wrapper.sessions.records import CallRow, Session
 from claude_wrapper.sessions.spec import Message, TurnEnd, TurnInput
 from claude_wrapper.sessions.threads import note_thread
 from claude_wrapper.sessions.transcript import Recorder, names_in
+from claude_wrapper.sessions.turnend import outcome_of, shown_content, with_usage
+from claude_wrapper.sessions.writebehind import Entry, WriteBehind
 from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.state import SharedState
 from claude_wrapper.tenancy.principal import Principal
-from claude_wrapper.wire.managed import (
-    END_TURN,
-    EXHAUSTED,
-    Outcome,
-    Output,
-    TurnTranslator,
-    error_event,
-    upstream_error,
-)
+from claude_wrapper.wire.managed import EXHAUSTED, Output, TurnTranslator, error_event
 from claude_wrapper.wire.managed_mcp import McpStatus
 from claude_wrapper.wire.streamjson import Frame
-from claude_wrapper.wire.usage import Usage
 
 log = structlog.get_logger(__name__)
 
 TURN_EVENTS: Final = ("user.message", "user.define_outcome")
 """Events of the client that a turn answers."""
 _CATCH_UP_SECONDS: Final = 2.0
-_BEHIND: Final = 512
-"""Outputs that may wait for the database; past that the turn waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +53,17 @@ class Books:
     own: Ownership
     clock: Clock
     ids: Ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What the session was at the end of the turn before: while this replica holds it, nobody else writes its transcript."""
+
+    messages: list[Message]
+    session: Session | None
+    """None: the client has queued more."""
+    mark: Mark
+    """Where somebody else's writing shows: a client's events, an update, an archive."""
 
 
 @dataclass(slots=True)
@@ -77,8 +79,14 @@ class _Turn:
     cleanup: contextlib.AsyncExitStack
     open_calls: set[str]
     """The model's ids of calls whose answers the process has not been given."""
+    behind: WriteBehind
+    session: Session | None
+    """The session as it was when the turn began; None once somebody else has written to it."""
+    mark: Mark
     told: asyncio.Event
     """Set while no model message is being said: what its caller may have been answered with already."""
+    called: bool = False
+    """Tools were called, by the model or before the turn: their answers are in the database."""
     lost: bool = False
     """The process gave up waiting for the client, which still may answer: what it says since then does not count."""
 
@@ -117,9 +125,7 @@ class SessionJournal:
         self._on_lost = on_lost
         self._turn: _Turn | None = None
         self._mcp = McpStatus()
-        self._waiting: list[tuple[Output, int | None]] = []
-        self._writing: asyncio.Task[None] | None = None
-        self._failed: WrapperError | None = None
+        self._kept: _Kept | None = None
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -130,8 +136,8 @@ class SessionJournal:
                 if self._turn is not None and self._conversation.awaiting_tools:
                     # A caller has its calls a moment before the message that made them is over.
                     await self._turn.told.wait()
-                if self._writing is not None:
-                    await asyncio.wait({self._writing})
+                if self._turn is not None:
+                    await self._turn.behind.caught_up()
                 if self._turn is not None and self._turn.translator.outcome is not None:
                     await self._idle.wait()
 
@@ -154,27 +160,31 @@ class SessionJournal:
         async with cleanup:
             inflight = InFlight(books.log, session)
             await cleanup.enter_async_context(answering(books.state, inflight, session))
+            kept, self._kept = self._kept if turn_input.replay is None else None, None
             async with books.db.transaction() as tx:
-                await records.get_held(tx, self._principal, session, self.fence)
-                messages = await records.load_messages(tx, self._principal, session)
-                recorder = Recorder(messages)
+                known: Sequence[CallRow] = ()
+                if kept is None:
+                    messages = await records.load_messages(tx, self._principal, session)
+                    known = await records.calls_of(tx, self._principal, session)
+                else:
+                    messages = kept.messages
+                recorder = Recorder(list(messages))
                 past = tuple(messages)
                 start = len(messages) - 1
-                if turn_input.replay is None:
-                    start = recorder.user(turn_input.content)
-                    await records.save_message(tx, self._principal, session, start, messages[start])
                 events: list[dict[str, Any]] = []
                 if not turn_input.durable:
-                    events.append({"type": "user.message", "content": _shown_content(turn_input.content)})
+                    events.append({"type": "user.message", "content": shown_content(turn_input.content)})
                     turn_input = replace(turn_input, past=past)
                 if turn_input.replay is None:
+                    start = recorder.user(turn_input.content)
                     events += self.running_events()
-                stored = await books.log.write(tx, self._principal, session, events)
                 running = {"start": start, "durable": turn_input.durable}
-                await records.change_session(
-                    tx, self._principal, session, status=records.RUNNING, stop_reason=None, turn=running
+                changes = {"status": records.RUNNING, "stop_reason": None, "turn": running}
+                stored, mark = await books.log.write_with(
+                    tx, self._principal, session, events, changes, fence=self.fence
                 )
-                known = await records.calls_of(tx, self._principal, session)
+                if turn_input.replay is None:
+                    await records.save_messages(tx, self._principal, session, {start: recorder.messages[start]})
                 if self.taking:
                     await books.log.processed(tx, self._principal, session, self.taking)
             await books.log.publish(session, stored)
@@ -191,10 +201,26 @@ class SessionJournal:
             cleanup = cleanup.pop_all()
             opened = {one.tool_use_id for one in known if one.kind != "tool" and one.answered_at is None}
             self._idle.clear()
-            self._turn = _Turn(
-                translator, recorder, inflight, turn_input, now, start, replaying, cleanup, opened, asyncio.Event()
+            alone = kept is not None and mark == Mark(kept.mark.seq + len(events), kept.mark.version + 1)
+            self._turn = turn = _Turn(
+                translator=translator,
+                recorder=recorder,
+                inflight=inflight,
+                input=turn_input,
+                began=now,
+                start=start,
+                replaying=replaying,
+                cleanup=cleanup,
+                open_calls=opened,
+                behind=WriteBehind(
+                    lambda outputs: _show(turn, outputs), lambda run: self._write(turn, run), name=f"journal {session}"
+                ),
+                session=kept.session if kept is not None and alone else None,
+                mark=mark,
+                told=asyncio.Event(),
+                called=bool(known),
             )
-            self._failed, self.taking, self.interrupted = None, (), False
+            self.taking, self.interrupted = (), False
         return turn_input
 
     async def frame(self, frame: Frame) -> None:
@@ -202,8 +228,8 @@ class SessionJournal:
         turn = self._turn
         if turn is None:
             return
-        if self._failed is not None:
-            raise self._failed
+        if turn.behind.failed is not None:
+            raise turn.behind.failed
         if turn.lost:
             return
         output = turn.translator.feed(frame)
@@ -221,10 +247,9 @@ class SessionJournal:
             return
         position = turn.recorder.feed(frame)
         if output or output.results or position is not None:
-            self._waiting.append((output, position))
-            self._write_behind()
-            if len(self._waiting) > _BEHIND and self._writing is not None:
-                await asyncio.wait({self._writing})
+            turn.called = turn.called or bool(output.calls)
+            turn.behind.put(output, position)
+            await turn.behind.room()
 
     def note(self, event: Mapping[str, Any]) -> None:
         """Write an event that is not the process's own, in its place among what the process says."""
@@ -233,8 +258,7 @@ class SessionJournal:
             return
         output = turn.translator.noted(event)
         if output:
-            self._waiting.append((output, None))
-            self._write_behind()
+            turn.behind.put(output, None)
 
     def reused(self, tool_use_id: str) -> None:
         """The result of this call, when it comes, is marked as one that was kept."""
@@ -260,9 +284,12 @@ class SessionJournal:
             return
         end = replace(end, interrupted=end.interrupted or self.interrupted, suspended=end.suspended or turn.lost)
         try:
-            await self._flush()
-            await self._books.db.run(lambda tx: self._end(tx, turn, end))
-            await self._books.log.publish(self.session.id, self._ended)
+            left = await turn.behind.stop()
+            unsaid = turn.translator.close().events
+            if turn.session is None or turn.called or not await self._end_alone(turn, turn.session, end, left, unsaid):
+                await turn.behind.write(left)
+                stored = await self._books.db.run(lambda tx: self._end(tx, turn, end, unsaid))
+                await self._books.log.publish(self.session.id, stored)
         except NotFound:
             pass  # deleted in the middle of the turn
         except LeaseLost:
@@ -275,72 +302,29 @@ class SessionJournal:
             await turn.cleanup.aclose()
             self._on_change()
 
-    _ended: Sequence[Stored] = ()
-
     # Writing behind ---------------------------------------------------------------------------------------------------
 
-    def _write_behind(self) -> None:
-        if self._writing is None or self._writing.done():
-            self._writing = asyncio.get_running_loop().create_task(self._write(), name=f"journal {self.session.id}")
-
-    async def _flush(self) -> None:
-        while self._waiting and self._failed is None:
-            self._write_behind()
-            if self._writing is not None:
-                await asyncio.wait({self._writing})
-        if self._writing is not None:
-            await asyncio.wait({self._writing})
-        self._waiting.clear()
-
-    async def _write(self) -> None:
+    async def _write(self, turn: _Turn, run: Sequence[Entry]) -> None:
         try:
-            while self._waiting:
-                batch, self._waiting = self._waiting, []
-                turn = self._turn
-                if turn is None:
-                    return
-                at = 0
-                while at < len(batch):
-                    previews = bool(batch[at][0].previews)
-                    to = at
-                    while to < len(batch) and bool(batch[to][0].previews) == previews:
-                        to += 1
-                    await self._write_run(turn, batch[at:to])
-                    at = to
-        except WrapperError as error:
-            self._failed = error
-            if isinstance(error, LeaseLost):
-                self._on_lost()
-        except Exception as error:  # told to the turn, which ends
-            log.exception("journal.failed", session=self.session.id)
-            self._failed = WrapperError(f"the turn could not be written down: {type(error).__name__}")
-
-    async def _write_run(self, turn: _Turn, run: Sequence[tuple[Output, int | None]]) -> None:
-        """Outputs that all have previews, or all have none."""
-        for thread_id in dict.fromkeys(output.thread_id for output, _ in run if output.previews):
-            deltas = [one for output, _ in run if output.thread_id == thread_id for one in output.previews]
-            await turn.inflight.show(deltas, thread_id=thread_id)
-        if any(output.events or output.results or output.settled or at is not None for output, at in run):
             stored = await self._books.db.run(lambda tx: self._commit(tx, turn, run))
-            turn.inflight.done(one.id for one in stored)
-            await self._books.log.publish(self.session.id, stored)
-            if any(output.settled or output.results for output, _ in run):
-                self._on_change()
+        except LeaseLost:
+            self._on_lost()
+            raise
+        turn.inflight.done(one.id for one in stored)
+        await self._books.log.publish(self.session.id, stored)
+        if turn.called and any(output.settled or output.results for output, _ in run):
+            self._on_change()
 
-    async def _commit(self, tx: AsyncConnection, turn: _Turn, run: Sequence[tuple[Output, int | None]]) -> list[Stored]:
+    async def _commit(self, tx: AsyncConnection, turn: _Turn, run: Sequence[Entry]) -> list[Stored]:
         """One batch: events, calls, results, transcript, and the status that follows from them."""
         books, principal, session = self._books, self._principal, self.session.id
         now = books.clock.now()
         events = [event for output, _ in run for event in output.events]
-        if events:
-            stored = await books.log.write(tx, principal, session, events, fence=self.fence)
-        else:
-            await records.guard(tx, principal, session, self.fence)
-            stored = []
-        for position in sorted({at for _, at in run if at is not None}):
-            message = turn.recorder.messages[position]
-            model = turn.input.model if message.role == "assistant" else ""
-            await records.save_message(tx, principal, session, position, message, model=model)
+        before = turn.mark
+        stored, turn.mark = await books.log.write_with(tx, principal, session, events, {}, fence=self.fence)
+        if turn.mark != Mark(before.seq + len(events), before.version):
+            turn.session = None
+        await self._save(tx, turn, run)
         for output, _ in run:
             await records.add_calls(tx, principal, session, output.calls)
             for thread_id, name, status in output.threads:
@@ -348,9 +332,13 @@ class SessionJournal:
         results = [result for output, _ in run for result in output.results]
         if results:
             stored += await self._note_results(tx, results)
-        if any(output.settled for output, _ in run):
+        if turn.called and any(output.settled for output, _ in run):
             stored += await self._ask_client(tx)
         return stored
+
+    async def _save(self, tx: AsyncConnection, turn: _Turn, run: Sequence[Entry]) -> None:
+        grown = {at: turn.recorder.messages[at] for _, at in run if at is not None}
+        await records.save_messages(tx, self._principal, self.session.id, grown, model=turn.input.model)
 
     async def _note_results(self, tx: AsyncConnection, results: Sequence[tuple[str, dict[str, Any]]]) -> list[Stored]:
         """Calls that have run; and the client's results that came through `/v1/messages`."""
@@ -385,31 +373,75 @@ class SessionJournal:
 
     # The end ----------------------------------------------------------------------------------------------------------
 
-    async def _end(self, tx: AsyncConnection, turn: _Turn, end: TurnEnd) -> None:
+    async def _end_alone(
+        self, turn: _Turn, session: Session, end: TurnEnd, left: Sequence[Entry], unsaid: Sequence[dict[str, Any]]
+    ) -> bool:
+        """The end of a turn that nobody else has written to and that called nothing: all in one transaction.
+
+        False when somebody wrote meanwhile; then nothing has happened.
+        """
+        books = self._books
+        events = [event for output, _ in left for event in output.events]
+        closing, values = self._closing(turn, session, end, queued=False)
+        closing = [*unsaid, *closing]
+
+        async def work(tx: AsyncConnection) -> tuple[list[Stored], Mark]:
+            written = await books.log.write_with(
+                tx, self._principal, session.id, [*events, *closing], values, fence=self.fence, at=turn.mark
+            )
+            if end.kept:
+                await self._save(tx, turn, left)
+            else:
+                await records.cut_messages(tx, self._principal, session.id, turn.start)
+            return written
+
+        try:
+            stored, mark = await books.db.run(work)
+        except MovedOn:
+            return False
+        self._keep(turn, _after(session, values), end, mark)
+        await books.log.publish(session.id, stored)
+        return True
+
+    async def _end(
+        self, tx: AsyncConnection, turn: _Turn, end: TurnEnd, unsaid: Sequence[dict[str, Any]]
+    ) -> list[Stored]:
         books, principal, session_id = self._books, self._principal, self.session.id
         session = await records.get_held(tx, principal, session_id, self.fence)
-        active = session.active_ms + round((books.clock.monotonic() - turn.began) * 1000)
-        values: dict[str, Any] = {"usage": _with_usage(session.usage, end), "active_ms": active, "turn": None}
-        self._ended = ()
         if session.ended or (session.awaited and (end.suspended or not end.interrupted)):
             # The process is gone and the client owes answers: the turn goes on when they come.
-            await records.change_session(tx, principal, session_id, **values)
-            return
+            await records.change_session(tx, principal, session_id, **_worked(turn, session, end, books.clock))
+            return []
         if not end.kept:
             await records.cut_messages(tx, principal, session_id, turn.start)
-        await records.cancel_calls(tx, principal, session_id, books.clock.now())
-        outcome = _outcome(turn, end)
-        events = turn.translator.close().events
+        if turn.called:
+            await records.cancel_calls(tx, principal, session_id, books.clock.now())
+        queued = bool(await books.log.queued(tx, principal, session_id, TURN_EVENTS))
+        closing, values = self._closing(turn, session, end, queued=queued)
+        events = [*unsaid, *closing]
+        stored, mark = await books.log.write_with(tx, principal, session_id, events, values, fence=self.fence)
+        self._keep(turn, None if queued else _after(session, values), end, mark)
+        return stored
+
+    def _closing(
+        self, turn: _Turn, session: Session, end: TurnEnd, *, queued: bool
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The last events of the turn, and what the session's row becomes."""
+        values = _worked(turn, session, end, self._books.clock)
+        outcome = outcome_of(turn.translator, end)
+        events: list[dict[str, Any]] = []
         if outcome.error is not None:
             events.append({"type": "session.error", "error": dict(outcome.error)})
-        if await books.log.queued(tx, principal, session_id, TURN_EVENTS):
-            values |= {"status": records.RUNNING, "stop_reason": None}
-        else:
-            usage = {"type": "session.usage", "usage": values["usage"], "budget": session.budget}
-            events += [usage, *self.idle_events(outcome.stop_reason, outcome.stop_details)]
-            values |= {"status": records.IDLE, "stop_reason": dict(outcome.stop_reason)}
-        await records.change_session(tx, principal, session_id, **values)
-        self._ended = await books.log.write(tx, principal, session_id, events)
+        if queued:
+            return events, values | {"status": records.RUNNING, "stop_reason": None}
+        usage = {"type": "session.usage", "usage": values["usage"], "budget": session.budget}
+        events += [usage, *self.idle_events(outcome.stop_reason, outcome.stop_details)]
+        return events, values | {"status": records.IDLE, "stop_reason": dict(outcome.stop_reason)}
+
+    def _keep(self, turn: _Turn, session: Session | None, end: TurnEnd, mark: Mark) -> None:
+        """Remember the session as it is now: the next turn need not read it again."""
+        messages = turn.recorder.messages if end.kept else turn.recorder.messages[: turn.start]
+        self._kept = _Kept(messages, session, mark)
 
     async def take_back(self, session: Session) -> list[Message]:
         """The session's server died in a turn whose caller will send it again: forget the turn; what is left of the
@@ -429,6 +461,7 @@ class SessionJournal:
             )
             stored = await books.log.write(tx, principal, session_id, events, fence=self.fence)
             messages = await records.load_messages(tx, principal, session_id)
+        self._kept = None
         await books.log.publish(session_id, stored)
         return messages
 
@@ -454,40 +487,17 @@ def _ran(call: CallRow) -> bool:
     return "output" in (call.answer or {})
 
 
-def _outcome(turn: _Turn, end: TurnEnd) -> Outcome:
-    """What the client is told: what the broker saw, else what the CLI said."""
-    if end.interrupted:
-        return Outcome(END_TURN)
-    error, told = end.error, turn.translator.outcome
-    if told is not None and (error is None or told.stop_reason["type"] != "retries_exhausted"):
-        return told
-    if isinstance(error, UpstreamError):
-        return Outcome(EXHAUSTED, error=upstream_error(error.status, error.message))
-    if error is not None:
-        return Outcome(EXHAUSTED, error=error_event("unknown_error", error.message))
-    return told or Outcome(END_TURN)
+def _worked(turn: _Turn, session: Session, end: TurnEnd, clock: Clock) -> dict[str, Any]:
+    """What every end of a turn writes."""
+    active = session.active_ms + round((clock.monotonic() - turn.began) * 1000)
+    return {"usage": with_usage(session.usage, end), "active_ms": active, "turn": None}
 
 
-def _with_usage(usage: Mapping[str, Any], end: TurnEnd) -> dict[str, Any]:
-    """The session's usage with the turn's calls, as the broker saw them."""
-    turn = sum((call.usage for call in end.calls), start=Usage())
-    cached = usage.get("cache_creation") or {}
-    tools = usage.get("server_tool_use") or {}
-    return {
-        "input_tokens": usage.get("input_tokens", 0) + turn.input_tokens,
-        "output_tokens": usage.get("output_tokens", 0) + turn.output_tokens,
-        "cache_read_input_tokens": usage.get("cache_read_input_tokens", 0) + turn.cache_read_tokens,
-        "cache_creation": {
-            "ephemeral_5m_input_tokens": cached.get("ephemeral_5m_input_tokens", 0) + turn.cache_write_5m_tokens,
-            "ephemeral_1h_input_tokens": cached.get("ephemeral_1h_input_tokens", 0) + turn.cache_write_1h_tokens,
-        },
-        "server_tool_use": {
-            "web_search_requests": tools.get("web_search_requests", 0) + turn.web_search_requests,
-            "web_fetch_requests": tools.get("web_fetch_requests", 0) + turn.web_fetch_requests,
-        },
-    }
+def _after(session: Session, values: Mapping[str, Any]) -> Session:
+    return replace(session, usage=values["usage"], active_ms=values["active_ms"])
 
 
-def _shown_content(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return [block for block in blocks if block.get("type") in {"text", "image", "document"}]
+async def _show(turn: _Turn, outputs: Sequence[Output]) -> None:
+    for thread_id in dict.fromkeys(output.thread_id for output in outputs):
+        deltas = [one for output in outputs if output.thread_id == thread_id for one in output.previews]
+        await turn.inflight.show(deltas, thread_id=thread_id)

@@ -6,6 +6,8 @@ through `/v1/messages` belongs to the key that made it alone, as it does there.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -371,17 +373,34 @@ async def cancel_calls(tx: AsyncConnection, principal: Principal, session: str, 
 # Transcript ----------------------------------------------------------------------------------------------------------
 
 
-async def save_message(
-    tx: AsyncConnection, principal: Principal, session: str, position: int, message: Message, *, model: str = ""
+async def save_messages(
+    tx: AsyncConnection, principal: Principal, session: str, messages: Mapping[int, Message], *, model: str = ""
 ) -> None:
-    """Write (or write again, as it grows) one message of the conversation as the model knows it."""
-    body = msgspec.json.encode(message.content)
-    keys = {"session_id": session, "position": position}
-    values = {"org_id": principal.org, "role": message.role, "model": model, "body": body}
-    statement = upsert(
-        tx.dialect.name, session_messages, tuple(keys), {"role": message.role, "model": model, "body": body}
-    )
-    await tx.execute(statement.values(**keys, **values))
+    """Write (or write again, as they grow) messages of the conversation as the model knows it, by their positions.
+
+    `model` is what the assistant's are from.
+    """
+    if not messages:
+        return
+    rows = [
+        {
+            "session_id": session,
+            "position": position,
+            "org_id": principal.org,
+            "role": message.role,
+            "model": model if message.role == "assistant" else "",
+            "body": msgspec.json.encode(message.content),
+        }
+        for position, message in sorted(messages.items())
+    ]
+    await tx.execute(_save_messages(tx.dialect.name), rows)
+
+
+@functools.cache
+def _save_messages(dialect: str) -> Any:
+    """Made once: what an upsert may refer to (`excluded`) is a copy of the whole table."""
+    changes = {name: operator.attrgetter(name) for name in ("role", "model", "body")}
+    return upsert(dialect, session_messages, ("session_id", "position"), changes)
 
 
 async def load_messages(tx: AsyncConnection, principal: Principal, session: str) -> list[Message]:
