@@ -8,10 +8,21 @@ import anthropic
 import pytest
 from anthropic import AsyncAnthropic
 
-from managed.driving import BOTH_ASK, WEATHER, history, message, new_session, say, texts, turn, until_idle
+from managed.driving import BOTH_ASK, MODEL, WEATHER, history, message, new_session, say, texts, turn, until_idle
 from running_server import Running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.real_cli]
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def server(shared_server: Running) -> Running:
+    """On SQLite, and on Postgres and Redis."""
+    return shared_server
 
 
 async def test_a_session_answers_and_its_log_is_what_was_streamed(client: AsyncAnthropic) -> None:
@@ -105,8 +116,9 @@ async def test_custom_tools_are_run_by_the_sdks_tool_runner(client: AsyncAnthrop
 async def test_an_interrupt_ends_the_turn_and_the_session_goes_on(client: AsyncAnthropic, server: Running) -> None:
     session = await new_session(client)
     async with await client.beta.sessions.events.stream(session.id) as stream:
+        before = server.upstream.count
         await say(client, session.id, "[[tokens 3]] [[hang 2]]")
-        await server.upstream.wait_for(1)
+        await server.upstream.wait_for(before + 1)
         await client.beta.sessions.events.send(session.id, events=[{"type": "user.interrupt"}])
         events = await until_idle(stream)
     assert events[-1].stop_reason.type == "end_turn"
@@ -134,3 +146,60 @@ async def test_a_deleted_session_ends_its_streams_and_is_gone(client: AsyncAnthr
             assert [event.type async for event in stream] == ["session.deleted"]
     with pytest.raises(anthropic.NotFoundError):
         await client.beta.sessions.retrieve(session.id)
+
+
+async def test_the_whole_life_of_a_session(client: AsyncAnthropic) -> None:
+    """Agents, environment, vault with a credential, file, session, events with files, archive, delete."""
+    agent = await client.beta.agents.create(model=MODEL, name="clerk", tools=[BOTH_ASK])
+    changed = await client.beta.agents.update(agent.id, version=agent.version, system="Be brief.")
+    assert changed.version > agent.version
+    environment = await client.beta.environments.create(name="office", config={"type": "cloud"})
+    vault = await client.beta.vaults.create(display_name="keys")
+    auth = {"type": "static_bearer", "token": "a-secret-token", "mcp_server_url": "https://tools.example.com/mcp"}
+    credential = await client.beta.vaults.credentials.create(vault.id, auth=auth)
+    assert "a-secret-token" not in credential.to_json()
+    notes = await client.beta.files.upload(file=("notes.txt", b"buy quinces", "text/plain"))
+    session = await client.beta.sessions.create(
+        agent=agent.id,
+        environment_id=environment.id,
+        vault_ids=[vault.id],
+        resources=[{"type": "file", "file_id": notes.id}],
+        metadata={"ticket": "7"},
+    )
+    (mounted,) = session.resources
+    asked = await turn(client, session.id, message(f'[[tool Read {{"file_path":"{mounted.mount_path}"}}]] [[then]]'))
+    (call_id,) = asked[-1].stop_reason.event_ids
+    rest = await turn(client, session.id, {"type": "user.tool_confirmation", "tool_use_id": call_id, "result": "allow"})
+    (read,) = (event for event in rest if event.type == "agent.tool_result")
+    assert read.tool_use_id == call_id
+    assert rest[-1].stop_reason.type == "end_turn"
+    renamed = await client.beta.sessions.update(session.id, title="done")
+    assert (renamed.title, renamed.metadata) == ("done", {"ticket": "7"})
+    assert (await client.beta.sessions.archive(session.id)).archived_at is not None
+    assert (await client.beta.sessions.delete(session.id)).type == "session_deleted"
+    await client.beta.vaults.credentials.delete(credential.id, vault_id=vault.id)
+    await client.beta.vaults.archive(vault.id)
+    await client.beta.environments.archive(environment.id)
+    assert (await client.beta.agents.archive(agent.id)).archived_at is not None
+
+
+async def test_a_session_that_has_spent_its_budget_waits_until_it_is_raised(
+    client: AsyncAnthropic, server: Running
+) -> None:
+    agent = await client.beta.agents.create(model=MODEL, name="spender", tools=[{"type": "agent_toolset_20260401"}])
+    environment = await client.beta.environments.create(name="here", config={"type": "cloud"})
+    cent = {"type": "limit", "max_list_cost": {"amount": "1", "currency": "USD"}}
+    session = await client.beta.sessions.create(agent=agent.id, environment_id=environment.id, budget=cent)
+    before = server.upstream.count
+    events = await turn(client, session.id, message('[[tokens 2000]] [[tool Bash {"command":"true"}]] [[then]]'))
+    assert events[-1].stop_reason.type == "budget_reached"
+    assert server.upstream.count == before + 1, "stopped on the way"
+    (spent,) = (event for event in events if event.type == "session.usage")
+    assert int(spent.usage.list_cost.amount) >= 1
+    assert spent.budget.max_list_cost.amount == "1"
+    with pytest.raises(anthropic.ConflictError, match="budget"):
+        await say(client, session.id, "more")
+    raised = {"type": "limit", "max_list_cost": {"amount": "100", "currency": "USD"}}
+    changed = await client.beta.sessions.update(session.id, budget=raised)
+    assert changed.usage.list_cost == spent.usage.list_cost
+    assert texts(await turn(client, session.id, message("and now?")))[-1] == "You said: and now?"

@@ -252,7 +252,13 @@ async def running_server(
             running_replica(settings, name, tenants.database, clock, listening=address)
         )
         books = Books(
-            tenants.database, EventLog(tenants.database, tenants.state, clock, ids), tenants.state, own, clock, ids
+            tenants.database,
+            EventLog(tenants.database, tenants.state, clock, ids),
+            tenants.state,
+            own,
+            clock,
+            ids,
+            tenants.prices.listed,
         )
         sessions = ManagedSessions(
             books,

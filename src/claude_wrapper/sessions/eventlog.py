@@ -116,6 +116,15 @@ class _Message(msgspec.Struct, array_like=True, gc=False):
     to: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """A message, decoded once for all streams of this replica."""
+
+    raw: bytes
+    message: _Message
+    events: tuple[Stored, ...]
+
+
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(_Message)
 
@@ -138,6 +147,7 @@ class EventLog:
         self._channels = channels
         self._clock = clock
         self._ids = ids
+        self._told: _Told | None = None
         self.unpublished = 0
         """Batches whose readers were not told because the shared state was away; they find out by themselves."""
 
@@ -384,6 +394,14 @@ class EventLog:
         except StorageUnavailable:
             self.unpublished += 1
 
+    def told(self, raw: bytes) -> _Told:
+        """Decode a message. All streams of a session are given the same bytes one after the other."""
+        last = self._told
+        if last is None or last.raw is not raw:
+            message = _DECODER.decode(raw)
+            last = self._told = _Told(raw, message, tuple(Stored(*row) for row in message.events))
+        return last
+
     def nonce(self) -> str:
         """Names one reader while it asks for previews."""
         return self._ids.new("ask")
@@ -440,18 +458,19 @@ class _Merge:
                     async for item in self.catch_up(head):
                         yield item
                 continue
-            message = _DECODER.decode(raw)
+            told = self._log.told(raw)
+            message = told.message
             if message.kind in "ps":
                 for preview in self._preview(message):
                     yield preview
                 continue
-            first = message.events[0][0] if message.events else message.last + 1
+            first = told.events[0].seq if told.events else message.last + 1
             if self.seen < first - 1:
                 # Something before this batch was lost, or the batch is too large for the channel.
                 async for item in self.catch_up(first - 1):
                     yield item
-            for row in message.events:
-                for item in self._event(Stored(*row)):
+            for one in told.events:
+                for item in self._event(one):
                     yield item
 
     async def _head(self) -> int | None:
@@ -503,6 +522,8 @@ _END: Final = b"\0end"
 
 async def _next(subscription: Subscription) -> bytes | None:
     """The next message; None after a silence; `_END` when the subscription has ended."""
+    if (waiting := subscription.waiting()) is not None:
+        return waiting
     try:
         async with asyncio.timeout(SILENCE_SECONDS):
             return await anext(aiter(subscription))

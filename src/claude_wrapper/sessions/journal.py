@@ -19,6 +19,7 @@ from claude_wrapper.clock import Clock
 from claude_wrapper.errors import LeaseLost, NotFound, StorageUnavailable
 from claude_wrapper.ids import Ids
 from claude_wrapper.sessions import records
+from claude_wrapper.sessions.budgets import BUDGET_REACHED, reached, require_budget, usage_to_wire
 from claude_wrapper.sessions.conversation import Conversation
 from claude_wrapper.sessions.eventlog import EventLog, InFlight, Mark, MovedOn, Stored, answering
 from claude_wrapper.sessions.mcpservers import shown_names
@@ -27,7 +28,7 @@ from claude_wrapper.sessions.records import CallRow, Session
 from claude_wrapper.sessions.spec import Message, TurnEnd, TurnInput
 from claude_wrapper.sessions.threads import note_thread
 from claude_wrapper.sessions.transcript import Recorder, names_in
-from claude_wrapper.sessions.turnend import outcome_of, shown_content, with_usage
+from claude_wrapper.sessions.turnend import ListPrice, outcome_of, shown_content, with_usage
 from claude_wrapper.sessions.writebehind import Entry, WriteBehind
 from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.state import SharedState
@@ -53,6 +54,7 @@ class Books:
     own: Ownership
     clock: Clock
     ids: Ids
+    list_price: ListPrice
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ class _Turn:
     mark: Mark
     told: asyncio.Event
     """Set while no model message is being said: what its caller may have been answered with already."""
+    spent: bool = False
+    """The session's budget was reached on the way."""
     called: bool = False
     """Tools were called, by the model or before the turn: their answers are in the database."""
     lost: bool = False
@@ -163,6 +167,7 @@ class SessionJournal:
             kept, self._kept = self._kept if turn_input.replay is None else None, None
             async with books.db.transaction() as tx:
                 known: Sequence[CallRow] = ()
+                await self._check_budget(tx, None if kept is None else kept.session)
                 if kept is None:
                     messages = await records.load_messages(tx, self._principal, session)
                     known = await records.calls_of(tx, self._principal, session)
@@ -223,6 +228,25 @@ class SessionJournal:
             self.taking, self.interrupted = (), False
         return turn_input
 
+    async def _check_budget(self, tx: AsyncConnection, session: Session | None) -> None:
+        """Raises Conflict when it is spent."""
+        known = session or self.session
+        if known.budget is None:
+            return  # it cannot be added later
+        self.session = fresh = await records.get_held(tx, self._principal, self.session.id, self.fence)
+        require_budget(fresh.id, fresh.budget, fresh.usage)
+
+    async def _spend(self, turn: _Turn) -> None:
+        """A model request is over and the turn goes on: end it if the budget is reached. What the process tells of its
+        usage is enough to stop early; what is billed and shown is what the broker saw."""
+        budget = self.session.budget
+        if budget is None or turn.spent or not turn.translator.goes_on:
+            return
+        used = self._books.list_price(turn.input.model, turn.translator.usage, self._books.clock.now())
+        if reached(budget, self.session.usage, more_micros=used):
+            turn.spent = True
+            await self._conversation.interrupt()
+
     async def frame(self, frame: Frame) -> None:
         """Take a frame; it is written soon. Raises what writing an earlier one failed with."""
         turn = self._turn
@@ -250,6 +274,8 @@ class SessionJournal:
             turn.called = turn.called or bool(output.calls)
             turn.behind.put(output, position)
             await turn.behind.room()
+        if output.settled:
+            await self._spend(turn)
 
     def note(self, event: Mapping[str, Any]) -> None:
         """Write an event that is not the process's own, in its place among what the process says."""
@@ -408,9 +434,10 @@ class SessionJournal:
     ) -> list[Stored]:
         books, principal, session_id = self._books, self._principal, self.session.id
         session = await records.get_held(tx, principal, session_id, self.fence)
-        if session.ended or (session.awaited and (end.suspended or not end.interrupted)):
-            # The process is gone and the client owes answers: the turn goes on when they come.
-            await records.change_session(tx, principal, session_id, **_worked(turn, session, end, books.clock))
+        waits = bool(session.awaited) and (end.suspended or not end.interrupted)
+        if session.ended or waits or (turn.lost and not end.interrupted):
+            # The process is gone. What the client owes, or has answered while the process went, is for the next one.
+            await records.change_session(tx, principal, session_id, **_worked(turn, session, end, books))
             return []
         if not end.kept:
             await records.cut_messages(tx, principal, session_id, turn.start)
@@ -427,14 +454,17 @@ class SessionJournal:
         self, turn: _Turn, session: Session, end: TurnEnd, *, queued: bool
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The last events of the turn, and what the session's row becomes."""
-        values = _worked(turn, session, end, self._books.clock)
+        values = _worked(turn, session, end, self._books)
         outcome = outcome_of(turn.translator, end)
+        if turn.spent or reached(session.budget, values["usage"]):
+            # What is queued waits until the budget is raised.
+            outcome, queued = replace(outcome, stop_reason=BUDGET_REACHED), False
         events: list[dict[str, Any]] = []
         if outcome.error is not None:
             events.append({"type": "session.error", "error": dict(outcome.error)})
         if queued:
             return events, values | {"status": records.RUNNING, "stop_reason": None}
-        usage = {"type": "session.usage", "usage": values["usage"], "budget": session.budget}
+        usage = {"type": "session.usage", "usage": usage_to_wire(values["usage"]), "budget": session.budget}
         events += [usage, *self.idle_events(outcome.stop_reason, outcome.stop_details)]
         return events, values | {"status": records.IDLE, "stop_reason": dict(outcome.stop_reason)}
 
@@ -487,10 +517,10 @@ def _ran(call: CallRow) -> bool:
     return "output" in (call.answer or {})
 
 
-def _worked(turn: _Turn, session: Session, end: TurnEnd, clock: Clock) -> dict[str, Any]:
+def _worked(turn: _Turn, session: Session, end: TurnEnd, books: Books) -> dict[str, Any]:
     """What every end of a turn writes."""
-    active = session.active_ms + round((clock.monotonic() - turn.began) * 1000)
-    return {"usage": with_usage(session.usage, end), "active_ms": active, "turn": None}
+    active = session.active_ms + round((books.clock.monotonic() - turn.began) * 1000)
+    return {"usage": with_usage(session.usage, end, books.list_price), "active_ms": active, "turn": None}
 
 
 def _after(session: Session, values: Mapping[str, Any]) -> Session:

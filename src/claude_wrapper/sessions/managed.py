@@ -20,6 +20,7 @@ from claude_wrapper.errors import Conflict, HeldElsewhere, InvalidRequest, NotFo
 from claude_wrapper.ids import EVENT, SESSION
 from claude_wrapper.sessions import mounts, records
 from claude_wrapper.sessions.askers import acting, asking, noted
+from claude_wrapper.sessions.budgets import require_budget
 from claude_wrapper.sessions.doors import Doors
 from claude_wrapper.sessions.eventlog import Stored
 from claude_wrapper.sessions.journal import TURN_EVENTS, Books
@@ -130,6 +131,8 @@ class ManagedSessions:
             stored = await self.books.log.write(tx, principal, session, [{"type": "session.updated", **shown}])
             changed = await records.get_session(tx, principal, session)
         await self.books.log.publish(session, stored)
+        if "budget" in values:
+            self.start(principal, session)  # messages may have waited for it
         return changed
 
     async def archive(self, principal: Principal, session: str) -> Session:
@@ -216,6 +219,7 @@ class ManagedSessions:
             queued = False
             if kind in {"user.message", "user.define_outcome"}:
                 queued = True
+                require_budget(session.id, session.budget, session.usage)
                 if len(waiting) + index >= MAX_QUEUED:
                     raise Conflict(f"session {session.id}: {MAX_QUEUED} messages are waiting already")
                 stored += await self._run_mode(tx, principal, session, event, busy=bool(waiting))

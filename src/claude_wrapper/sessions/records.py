@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper.errors import LeaseLost, NotFound
+from claude_wrapper.sessions.budgets import usage_to_wire
 from claude_wrapper.sessions.eventlog import rfc3339
 from claude_wrapper.sessions.spec import Message, Owner
 from claude_wrapper.storage.dialects import for_update, now_ms, upsert
@@ -121,7 +122,7 @@ class Session:
                 "active_seconds": round(self.active_ms / 1000, 3),
                 "duration_seconds": round((ended - self.created_at).total_seconds(), 3),
             },
-            "usage": {**self.usage, "active_seconds": round(self.active_ms / 1000, 3)},
+            "usage": {**usage_to_wire(self.usage), "active_seconds": round(self.active_ms / 1000, 3)},
             "created_at": rfc3339(self.created_at),
             "updated_at": rfc3339(self.updated_at),
             "archived_at": None if self.archived_at is None else rfc3339(self.archived_at),
@@ -320,6 +321,9 @@ async def calls_of(
         query = query.where(table.c.event_id == event_id)
     if open_only:
         query = query.where(table.c.answered_at.is_(None), table.c.kind != "tool")
+        # In the order in which they were made.
+        made = sa.and_(session_events.c.session_id == table.c.session_id, session_events.c.id == table.c.event_id)
+        query = query.join(session_events, made).where(owned(principal, session_events)).order_by(session_events.c.seq)
     return [CallRow(*row) for row in (await tx.execute(query)).all()]
 
 

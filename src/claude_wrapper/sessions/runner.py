@@ -20,6 +20,7 @@ from claude_wrapper.broker.calls import Credential, CredentialKind
 from claude_wrapper.errors import Conflict, HeldElsewhere, LeaseLost, NotFound, WrapperError
 from claude_wrapper.sessions import records
 from claude_wrapper.sessions.agentspec import ASK, DENY, Setup
+from claude_wrapper.sessions.budgets import reached
 from claude_wrapper.sessions.conversation import Conversation
 from claude_wrapper.sessions.eventlog import Stored
 from claude_wrapper.sessions.journal import TURN_EVENTS, Books, SessionJournal
@@ -153,6 +154,8 @@ class Runner:
             if session.status == records.RUNNING:
                 await self._lost(journal)
             return False
+        if reached(session.budget, session.usage):
+            return False  # until it is raised
         await self._next(session, journal, conversation, queue)
         return True
 

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper.errors import NotFound
+from claude_wrapper.sessions.budgets import usage_to_wire
 from claude_wrapper.sessions.eventlog import rfc3339
 from claude_wrapper.sessions.records import Session
 from claude_wrapper.storage.dialects import upsert
@@ -46,7 +47,7 @@ class Thread:
                 "duration_seconds": (self.updated_at - self.created_at).total_seconds(),
                 "startup_seconds": None,
             },
-            "usage": session.usage if own else None,
+            "usage": usage_to_wire(session.usage) if own else None,
             "created_at": rfc3339(self.created_at),
             "updated_at": rfc3339(session.updated_at if own else self.updated_at),
             "archived_at": None if self.archived_at is None else rfc3339(self.archived_at),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 from claude_wrapper.errors import UpstreamError
+from claude_wrapper.sessions.budgets import with_cost
 from claude_wrapper.sessions.spec import TurnEnd
 from claude_wrapper.wire.managed import END_TURN, EXHAUSTED, Outcome, TurnTranslator, error_event, upstream_error
 from claude_wrapper.wire.usage import Usage
+
+ListPrice = Callable[[str, Usage, datetime], int]
+"""(model, usage, when) → micro-dollars."""
 
 
 def outcome_of(translator: TurnTranslator, end: TurnEnd) -> Outcome:
@@ -25,12 +30,12 @@ def outcome_of(translator: TurnTranslator, end: TurnEnd) -> Outcome:
     return told or Outcome(END_TURN)
 
 
-def with_usage(usage: Mapping[str, Any], end: TurnEnd) -> dict[str, Any]:
-    """The session's usage with the turn's calls, as the broker saw them."""
+def with_usage(usage: Mapping[str, Any], end: TurnEnd, list_price: ListPrice) -> dict[str, Any]:
+    """The session's usage and list cost with the turn's calls, as the broker saw them."""
     turn = sum((call.usage for call in end.calls), start=Usage())
     cached = usage.get("cache_creation") or {}
     tools = usage.get("server_tool_use") or {}
-    return {
+    shown = {
         "input_tokens": usage.get("input_tokens", 0) + turn.input_tokens,
         "output_tokens": usage.get("output_tokens", 0) + turn.output_tokens,
         "cache_read_input_tokens": usage.get("cache_read_input_tokens", 0) + turn.cache_read_tokens,
@@ -43,6 +48,8 @@ def with_usage(usage: Mapping[str, Any], end: TurnEnd) -> dict[str, Any]:
             "web_fetch_requests": tools.get("web_fetch_requests", 0) + turn.web_fetch_requests,
         },
     }
+    cost = sum(list_price(call.model, call.usage, call.started_at) for call in end.calls)
+    return with_cost(shown, usage, cost)
 
 
 def shown_content(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -142,6 +142,11 @@ class PriceBook:
         """The names (or beginnings of names) in the list, organisations' own left out."""
         return self._table.models
 
+    def listed(self, model: str, usage: Usage, at: datetime) -> int:
+        """The cost at list prices, whatever an organisation agreed on, in micro-dollars; 0 for an unknown model."""
+        price = self._table.find(model, at)
+        return micros(price, usage) if price else 0
+
     async def micros(self, org: str, model: str, usage: Usage, at: datetime) -> int:
         """The cost in micro-dollars. Never raises for an unknown model."""
         return (await self.priced(org, model, usage, at)).micros

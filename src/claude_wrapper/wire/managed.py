@@ -123,6 +123,11 @@ class TurnTranslator:
         """A message of the session's own agent has begun and is not over."""
         return self._main.speaking
 
+    @property
+    def goes_on(self) -> bool:
+        """The last model message called tools: another model request follows."""
+        return self._main.stop.get("stop_reason") == "tool_use"
+
     def feed(self, frame: FrameLike) -> Output:
         """Everything that this frame means; often nothing."""
         out = Output()

@@ -75,6 +75,10 @@ class Subscription(Protocol):
 
     def __aiter__(self) -> Subscription: ...
 
+    def waiting(self) -> bytes | None:
+        """A message that is there already, taken; None: there is none."""
+        ...
+
     async def __anext__(self) -> bytes:
         """The next message; StopAsyncIteration once `ended` is set and the buffer is empty."""
         ...
