@@ -1,6 +1,6 @@
 """`python -m bench [--quick] [suite …]`: measure, print tables, write `bench/results/<suite>.json`.
 
-Suites: engine, alone, idle, broker, sandbox, limits, sessions, mcp; all of them when none is named (with `--quick` the first four). `--write-docs` writes
+Suites: engine, alone, idle, tools, broker, sandbox, limits, sessions, mcp; all of them when none is named (with `--quick` the first five). `--write-docs` writes
 `docs/benchmarks.md` from the results that are there (after a run, if suites are named or `--run` is given).
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import alone, engine, idle, report, sandbox, scripts
+from bench import alone, clienttools, engine, idle, report, sandbox, scripts
 from bench.figures import Findings
 from bench.machine import machine, moment
 from bench.progress import Progress
@@ -42,6 +42,7 @@ SUITES: Mapping[str, Suite] = {
     "engine": lambda options, progress: _with_scene(engine.measure, options, progress),
     "alone": lambda options, progress: _with_scene(alone.measure, options, progress),
     "idle": lambda options, progress: _with_scene(idle.measure, options, progress),
+    "tools": lambda options, progress: _with_scene(clienttools.measure, options, progress),
     "broker": lambda options, _: scripts.broker(quick=options.quick),
     "sandbox": lambda options, progress: sandbox.measure(quick=options.quick, progress=progress),
     "limits": lambda options, _: scripts.limits(quick=options.quick),

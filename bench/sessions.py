@@ -1,4 +1,4 @@
-"""The event log: appended and fanned out, replayed, listed. `python -m bench.sessions [--events N] [--streams N]`.
+"""The event log: appended and fanned out, replayed, listed. `python -m bench.sessions [--quick] [--events N] …`.
 
 SQLite in a temporary directory and shared state in memory, in this process: what the log itself costs, without HTTP.
 """
@@ -14,6 +14,8 @@ import tempfile
 import time
 from typing import Any
 
+import sqlalchemy as sa
+
 from claude_wrapper.clock import SystemClock
 from claude_wrapper.ids import RandomIds
 from claude_wrapper.sessions import records
@@ -22,6 +24,7 @@ from claude_wrapper.sessions.sessionfields import NewSession
 from claude_wrapper.storage import Database, migrations
 from claude_wrapper.storage.pagination import PageRequest
 from claude_wrapper.storage.state import MemoryState
+from claude_wrapper.storage.tables.sessions import session_events, sessions
 from claude_wrapper.tenancy import orgs
 from claude_wrapper.tenancy.audit import Scribe
 from claude_wrapper.tenancy.principal import Principal, operator, user_principal
@@ -105,6 +108,34 @@ async def _replay(log: EventLog, principal: Principal, events: int) -> dict[str,
     return {"events": events, "replay_seconds": time.perf_counter() - began}
 
 
+async def _fill(db: Database, principal: Principal, events: int, *, per_session: int = 500, name: str = "old") -> None:
+    """Store so many events of other sessions, in bulk."""
+    now = SystemClock().now()
+    body = json.dumps(_message(0)).encode()
+    made = -(-events // per_session)
+    for first in range(0, made, 50):
+        names = [f"sesn_{name}{number:06}" for number in range(first, min(first + 50, made))]
+        new = NewSession(agent={"name": "bench", "model": {"id": "m"}})
+        rows = [
+            {
+                "session_id": one,
+                "seq": seq,
+                "org_id": principal.org,
+                "id": f"sevt_{one}_{seq}",
+                "type": "agent.message",
+                "body": body,
+                "written_at": now,
+                "processed_at": now,
+            }
+            for one in names
+            for seq in range(1, per_session + 1)
+        ]
+        async with db.transaction() as tx:
+            sessions_rows = [{**new.row(principal, one, "sthr", now), "last_seq": per_session} for one in names]
+            await tx.execute(sa.insert(sessions), sessions_rows)
+            await tx.execute(sa.insert(session_events), rows)
+
+
 async def _lists(db: Database, log: EventLog, principal: Principal) -> dict[str, float]:
     async def timed(work: Any) -> float:
         took = []
@@ -124,8 +155,8 @@ async def _lists(db: Database, log: EventLog, principal: Principal) -> dict[str,
     }
 
 
-async def measure(events: int, streams: int, replayed: int) -> dict[str, dict[str, float]]:
-    """All figures."""
+async def measure(events: int, streams: int, replayed: int, stored: int) -> dict[str, dict[str, float]]:
+    """All figures; `stored`: events of other sessions before the lists are read for the second time."""
     clock, ids = SystemClock(), RandomIds()
     with tempfile.TemporaryDirectory() as directory:
         db = Database(f"sqlite:///{directory}/bench.db")
@@ -137,12 +168,16 @@ async def measure(events: int, streams: int, replayed: int) -> dict[str, dict[st
         for name in ("sesn_fan", "sesn_replay"):
             await _session(db, principal, name)
         try:
-            return {
+            found = {
                 "fan_out": await _fan_out(log, principal, events, streams),
                 "deltas": await _deltas(log, principal, events, streams),
                 "replay": await _replay(log, principal, replayed),
-                "lists": await _lists(db, log, principal),
             }
+            # The same number of sessions on a page both times; only how much lies around them differs.
+            await _fill(db, principal, 20 * 50, per_session=50, name="few")
+            small = await _lists(db, log, principal)
+            await _fill(db, principal, stored)
+            return {**found, "lists_of_little": small, f"lists_with_{stored}_events": await _lists(db, log, principal)}
         finally:
             await db.close()
 
@@ -153,8 +188,12 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=1000)
     parser.add_argument("--streams", type=int, default=100)
     parser.add_argument("--replayed", type=int, default=10_000)
+    parser.add_argument("--stored", type=int, default=1_000_000)
+    parser.add_argument("--quick", action="store_true", help="fewer of everything")
     asked = parser.parse_args()
-    found = asyncio.run(measure(asked.events, asked.streams, asked.replayed))
+    if asked.quick:
+        asked.events, asked.replayed, asked.stored = 200, 10_000, 50_000
+    found = asyncio.run(measure(asked.events, asked.streams, asked.replayed, asked.stored))
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final, NewType
+from typing import Any, Final, NewType, Self
 
 import msgspec
 import sqlalchemy as sa
@@ -448,30 +448,35 @@ class _Merge:
 
     async def follow(self, subscription: Subscription) -> AsyncIterator[Stored | Preview]:
         """Live messages until the subscription ends or the session is deleted."""
-        while not self.over:
-            raw = await _next(subscription)
-            if raw is _END:
-                return
-            if raw is None:  # silence: was a message lost?
-                head = await self._head()
-                if head is not None:
-                    async for item in self.catch_up(head):
-                        yield item
-                continue
-            told = self._log.told(raw)
-            message = told.message
-            if message.kind in "ps":
-                for preview in self._preview(message):
-                    yield preview
-                continue
-            first = told.events[0].seq if told.events else message.last + 1
-            if self.seen < first - 1:
-                # Something before this batch was lost, or the batch is too large for the channel.
-                async for item in self.catch_up(first - 1):
+        with _Listening(subscription) as listening:
+            async for raw in subscription:
+                listening.heard()
+                async for item in self._heard(raw):
                     yield item
-            for one in told.events:
-                for item in self._event(one):
+                if self.over:
+                    return
+
+    async def _heard(self, raw: bytes) -> AsyncIterator[Stored | Preview]:
+        if raw == _SILENCE:  # was a message lost?
+            head = await self._head()
+            if head is not None:
+                async for item in self.catch_up(head):
                     yield item
+            return
+        told = self._log.told(raw)
+        message = told.message
+        if message.kind in "ps":
+            for preview in self._preview(message):
+                yield preview
+            return
+        first = told.events[0].seq if told.events else message.last + 1
+        if self.seen < first - 1:
+            # Something before this batch was lost, or the batch is too large for the channel.
+            async for item in self.catch_up(first - 1):
+                yield item
+        for one in told.events:
+            for item in self._event(one):
+                yield item
 
     async def _head(self) -> int | None:
         try:
@@ -517,20 +522,40 @@ class _Merge:
             yield Preview(thread, Delta(event_id, kind, text[had - offset :], had))
 
 
-_END: Final = b"\0end"
+_SILENCE: Final = b""
+"""Stands in a subscription for having heard nothing for long."""
 
 
-async def _next(subscription: Subscription) -> bytes | None:
-    """The next message; None after a silence; `_END` when the subscription has ended."""
-    if (waiting := subscription.waiting()) is not None:
-        return waiting
-    try:
-        async with asyncio.timeout(SILENCE_SECONDS):
-            return await anext(aiter(subscription))
-    except TimeoutError:
-        return None
-    except StopAsyncIteration:
-        return _END
+class _Listening:
+    """Puts `_SILENCE` into a subscription that is given nothing for `SILENCE_SECONDS`.
+
+    One timer, moved when it fires and not with every message: a timer for each message of each reader costs more than
+    the message.
+    """
+
+    def __init__(self, subscription: Subscription) -> None:
+        self._subscription = subscription
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self.heard_at = self._loop.time()
+
+    def __enter__(self) -> Self:
+        self._timer = self._loop.call_at(self.heard_at + SILENCE_SECONDS, self._look)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def heard(self) -> None:
+        self.heard_at = self._loop.time()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if now - self.heard_at >= SILENCE_SECONDS:
+            self._subscription.offer(_SILENCE)
+            self.heard_at = now
+        self._timer = self._loop.call_at(self.heard_at + SILENCE_SECONDS, self._look)
 
 
 _COMPARE: Final = {

@@ -20,9 +20,6 @@ class BufferedSubscription:
     def __aiter__(self) -> BufferedSubscription:
         return self
 
-    def waiting(self) -> bytes | None:
-        return self._messages.popleft() if self._messages else None
-
     async def __anext__(self) -> bytes:
         while not self._messages:
             if self.ended is not None:

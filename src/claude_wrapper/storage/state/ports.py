@@ -75,8 +75,8 @@ class Subscription(Protocol):
 
     def __aiter__(self) -> Subscription: ...
 
-    def waiting(self) -> bytes | None:
-        """A message that is there already, taken; None: there is none."""
+    def offer(self, message: bytes) -> None:
+        """Put a message into this one subscriber's own buffer."""
         ...
 
     async def __anext__(self) -> bytes:
