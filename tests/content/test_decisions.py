@@ -139,6 +139,21 @@ def test_nothing_is_written_or_removed_through_a_link(tmp_path: Path) -> None:
     assert [(one.name, one.read_text()) for one in elsewhere.iterdir()] == [("secret", "x")]
 
 
+@pytest.mark.parametrize("path", ["..", "a/..", "a/../..", "/etc", "", ".", "a/../../b"])
+def test_what_a_forged_note_names_is_removed_below_the_workspace_alone(tmp_path: Path, path: str) -> None:
+    work = tmp_path / "work"
+    (work / "a").mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    with pytest.raises(InvalidRequest):
+        trees.remove(work, path)
+    with pytest.raises(InvalidRequest):
+        trees.begin(work, path)
+    with pytest.raises(InvalidRequest):
+        trees.move_in(tmp_path / "home", work, path)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["home", "work"]
+    assert [one.name for one in work.iterdir()] == ["a"]
+
+
 def test_texts_say_what_is_none_and_stop_at_their_bounds(tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir()
@@ -152,7 +167,9 @@ def test_texts_say_what_is_none_and_stop_at_their_bounds(tmp_path: Path) -> None
     assert set(found.left_out) == {"/binary", "/long", "/fifo", "/link"}
 
 
-@pytest.mark.parametrize("note", [b"", b"[]", b'{"placed": 3}', b'{"outputs": {"a": {"size": "x"}}}', b"\xff"])
+@pytest.mark.parametrize(
+    "note", [b"", b"[]", b'{"placed": 3}', b'{"outputs": {"a": {"size": "x"}}}', b"\xff", b'{"x":' + b"[" * 50_000]
+)
 def test_a_note_that_the_agent_spoilt_counts_as_none(tmp_path: Path, note: bytes) -> None:
     (tmp_path / ".mnt/.server").mkdir(parents=True)
     (tmp_path / notes.PATH).write_bytes(note)

@@ -13,9 +13,14 @@ from claude_wrapper.sandbox.security import Egress
 
 log = structlog.get_logger(__name__)
 
-REGISTRIES_AND_GIT = (
+REGISTRIES = (
     *("pypi.org", "files.pythonhosted.org", "registry.npmjs.org", "registry.yarnpkg.com", "index.crates.io"),
     *("crates.io", "static.crates.io", "proxy.golang.org", "sum.golang.org", "rubygems.org", "index.rubygems.org"),
+)
+"""What package managers ask."""
+
+REGISTRIES_AND_GIT = (
+    *REGISTRIES,
     *("github.com", "codeload.github.com", "raw.githubusercontent.com", "objects.githubusercontent.com", "gitlab.com"),
     *("bitbucket.org", "codeberg.org"),
 )

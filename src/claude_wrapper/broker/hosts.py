@@ -42,6 +42,10 @@ class HostRule:
     def matches(self, host: str, port: int) -> bool:
         if port != self.port if self.port is not None else port not in DEFAULT_PORTS:
             return False
+        return self.names(host)
+
+    def names(self, host: str) -> bool:
+        """Whether the rule is about this host, on whatever port."""
         if self.host == "*":
             return True
         return host.endswith(self.host[1:]) if self.host.startswith("*.") else host == self.host
@@ -52,12 +56,16 @@ class HostRules:
     """What may be connected to. The empty list allows nothing."""
 
     allow: tuple[HostRule, ...] = ()
+    within: tuple[HostRule, ...] | None = None
+    """Narrower than the list: of the hosts that it allows only these, on the ports that it allows."""
 
     @classmethod
     def parse(cls, patterns: Iterable[str]) -> HostRules:
         return cls(tuple(HostRule.parse(pattern) for pattern in patterns))
 
     def allows(self, host: str, port: int) -> bool:
+        if self.within is not None and not any(rule.names(host) for rule in self.within):
+            return False
         return any(rule.matches(host, port) for rule in self.allow)
 
 

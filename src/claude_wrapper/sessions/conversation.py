@@ -264,9 +264,11 @@ class Conversation:
             process.endpoint.bind(binding_of(self.session, self.owner, turn_input))
             process.endpoint.begin(replace(context_of(turn, turn_input, leg), trace=self._watch.trace))
             if self.content is not None:
-                await self.content.enter(process.room)
+                await self.content.enter(process.workdir)
             await self._prepare(process, claim.kind, turn_input)
-            await process.reach(self.owner.org)
+            await process.reach(self.owner.org, None if self.content is None else self.content.hosts)
+            if self.content is not None:
+                await self.content.settle(process.workdir)
             started = Started(self.session, turn, process.pid, claim.kind.value, claim.waited_seconds)
             self._watch.started(started)
             keep, settled = await self._converse(process, turn_input, leg, started)
@@ -281,7 +283,7 @@ class Conversation:
         finally:
             try:
                 if self.content is not None:
-                    await self.content.leave(claim.process.room)
+                    await self.content.leave(claim.process.workdir)
             finally:
                 if keep is not Keep.SESSION:
                     self.lose(claim.process)

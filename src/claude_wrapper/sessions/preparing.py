@@ -24,7 +24,7 @@ async def initialize(process: SlotProcess, spec: ConversationSpec, content: Cont
     process.fingerprint = spec.fingerprint
     if process.initialized:
         return
-    found = content.prompt if content is not None and process.room is not None else ""
+    found = content.prompt if content is not None and process.workdir is not None else ""
     await process.agent.initialize(
         system_prompt=[block["text"] for block in spec.system if block.get("type") == "text"]
         if spec.system is not None

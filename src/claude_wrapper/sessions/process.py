@@ -12,6 +12,7 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from claude_wrapper.broker.broker import Broker
 from claude_wrapper.broker.egress import Egress
 from claude_wrapper.broker.egresslists import EgressLists
 from claude_wrapper.broker.endpoint import Endpoint
+from claude_wrapper.broker.hosts import HostRule
 from claude_wrapper.clock import Clock
 from claude_wrapper.errors import SandboxUnavailable, SpawnFailed, WrapperError
 from claude_wrapper.ids import Ids
@@ -33,6 +35,7 @@ from claude_wrapper.sandbox.port import SOCKET_NAME, Containment, Level, Limits,
 from claude_wrapper.sandbox.staging import reachable_cli
 from claude_wrapper.sandbox.uids import UidAllocator
 from claude_wrapper.sessions.content import places
+from claude_wrapper.sessions.content.beside import Ran, run_beside
 from claude_wrapper.sessions.diskguard import guard_disk
 
 log = structlog.get_logger(__name__)
@@ -72,7 +75,7 @@ class SlotProcess:
     primed: bool
     initialized: bool
     model: str
-    room: places.Room | None = None
+    workdir: places.WorkDir | None = None
     """Its workspace, if its agent has tools that can see it."""
     confined_to: PurePosixPath | None = None
     """Without a sandbox: the workspace, which file tools may not leave."""
@@ -83,22 +86,40 @@ class SlotProcess:
     mcp_servers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     asked_tools: frozenset[str] = frozenset()
     watching: asyncio.Task[None] | None = None
-    open_network: Callable[[SlotProcess], Awaitable[Egress | None]] | None = None
-    """Opens the process's way to the network; None: it has none."""
+    open_network: Callable[[str, int], Awaitable[Egress | None]] | None = None
+    """Opens a way to the network for a process of the slot: (name of the way, pid); None: it has none."""
+    spec: Containment | None = None
+    """How it is contained; None for a process without tools."""
     egress_lists: EgressLists | None = None
     egress: Egress | None = None
     guarding: asyncio.Task[None] | None = None
     """Looks after the size of the workspace of a process with tools."""
 
-    async def reach(self, org: str) -> None:
-        """Let the process reach what this organisation may reach, and nothing else. After it has been initialised."""
+    async def reach(self, org: str, within: tuple[HostRule, ...] | None = None) -> None:
+        """Let the process reach what this organisation may reach, of that only `within` if that is given, and nothing else. After it has been initialised."""
         if self.open_network is None or self.egress_lists is None:
             return
         if self.egress is None:
-            self.egress = await self.open_network(self)
-        rules = await self.egress_lists.rules(org)
+            self.egress = await self.open_network(self.slot, self.agent.pid)
+        rules = replace(await self.egress_lists.rules(org), within=within)
         if self.egress is not None and self.egress.rules != rules:
             self.egress.allow(rules)
+
+    async def run_beside(self, script: str, env: Mapping[str, str], seconds: float) -> Ran:
+        """Run a script in a sandbox like the agent's, which reaches what the agent reaches (after `reach`).
+
+        Raises SandboxUnavailable, TimeoutError.
+        """
+        if self.spec is None or self.sandbox.level is Level.RESTRICTED:
+            raise SandboxUnavailable(f"the sandbox level {self.sandbox.level} gives commands no network")
+        ways = None if self.egress is None else self._open_beside
+        return await run_beside(self.sandbox, self.spec, script, env=env, open_network=ways, seconds=seconds)
+
+    async def _open_beside(self, pid: int) -> Egress | None:
+        opened = await self.open_network(f"{self.slot}-beside", pid) if self.open_network is not None else None
+        if opened is not None and self.egress is not None:
+            opened.allow(self.egress.rules)
+        return opened
 
     @property
     def pid(self) -> int:
@@ -284,10 +305,10 @@ class ProcessFactory:
         )
         limits = self._limits_by_level.get(profile.security, self._limits)
         spec = Containment(dirs=dirs, cli=cli, argv=argv, env=env, limits=limits, uid=uid)
-        room = None
+        workdir = None
         if profile.tools != ():
             await asyncio.to_thread(places.make_mount_root, dirs.work, uid)
-            room = places.Room(dirs.work, uid, places.Seen(layout.work, bound=layout.binds))
+            workdir = places.WorkDir(dirs.work, uid, places.Seen(layout.work, bound=layout.binds))
             if layout.binds:
                 binds, masked = places.binds(dirs.work, layout.work)
                 spec = replace(spec, binds=binds, masked=masked)
@@ -305,7 +326,7 @@ class ProcessFactory:
         if profile.tools != ():
             watch = guard_disk(slot, dirs, limits, self._clock, agent.condemn)
             guarding = asyncio.get_running_loop().create_task(watch, name=f"disk-{slot}")
-        return SlotProcess(
+        process = SlotProcess(
             slot=slot,
             profile=profile,
             agent=agent,
@@ -317,21 +338,25 @@ class ProcessFactory:
             primed=primed,
             initialized=primed,
             model=self._default_model,
-            room=room,
+            workdir=workdir,
             confined_to=layout.work if self._sandbox.level is Level.NONE else None,
-            open_network=self._open_network if networked else None,
+            open_network=partial(self._open_network, uid) if networked else None,
             egress_lists=self._egress,
             guarding=guarding,
+            spec=None if workdir is None else spec,
         )
+        if workdir is not None:
+            process.workdir = replace(workdir, run=process.run_beside)
+        return process
 
-    async def _open_network(self, process: SlotProcess) -> Egress | None:
+    async def _open_network(self, uid: int | None, name: str, pid: int) -> Egress | None:
         """A proxy on the loopback of the process's own network."""
         try:
-            listener = await asyncio.to_thread(self._sandbox.listen_inside, process.agent.pid, _PROXY_PORT, process.uid)
+            listener = await asyncio.to_thread(self._sandbox.listen_inside, pid, _PROXY_PORT, uid)
         except SandboxUnavailable as error:
-            log.warning("egress.unavailable", slot=process.slot, reason=error.message)
+            log.warning("egress.unavailable", slot=name, reason=error.message)
             return None
-        return await self._broker.open_egress(process.slot, listener)
+        return await self._broker.open_egress(name, listener)
 
 
 def leftover_slots(slots_dir: Path) -> Iterable[Path]:

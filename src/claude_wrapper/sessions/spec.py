@@ -17,8 +17,9 @@ import msgspec
 
 from claude_wrapper.agent.launch import LaunchProfile
 from claude_wrapper.broker.calls import Credential, UpstreamCall
+from claude_wrapper.broker.hosts import HostRule
 from claude_wrapper.errors import WrapperError
-from claude_wrapper.sessions.content.places import Room
+from claude_wrapper.sessions.content.places import WorkDir
 from claude_wrapper.sessions.mcpservers import RemoteSpec, ToolRules
 from claude_wrapper.wire.messages import Message
 from claude_wrapper.wire.streamjson import Frame
@@ -181,10 +182,19 @@ class Content(Protocol):
         """What a process that was told before is told with its next message."""
         ...
 
-    async def enter(self, room: Room | None) -> None:
+    async def enter(self, workdir: WorkDir | None) -> None:
         """Before a turn; None: the process has no tools that could see a workspace."""
         ...
 
-    async def leave(self, room: Room | None) -> None:
+    @property
+    def hosts(self) -> tuple[HostRule, ...] | None:
+        """The only hosts that the session's processes may reach; None: whatever the organisation may."""
+        ...
+
+    async def settle(self, workdir: WorkDir | None) -> None:
+        """Before a turn, once the process has its way to the network: what has to be downloaded."""
+        ...
+
+    async def leave(self, workdir: WorkDir | None) -> None:
         """After a turn, however it ended, while the workspace is still there. Never raises a WrapperError."""
         ...

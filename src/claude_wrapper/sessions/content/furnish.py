@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import structlog
 
-from claude_wrapper.errors import InvalidRequest, NotFound, WrapperError
+from claude_wrapper.errors import InvalidRequest, NotFound, SandboxUnavailable, WrapperError
 from claude_wrapper.sessions import mounts
 from claude_wrapper.sessions.content import manifest as notes
 from claude_wrapper.sessions.content import outputs, places, prompt, trees
@@ -19,7 +19,10 @@ from claude_wrapper.sessions.content.acting import SCOPES, Acting
 from claude_wrapper.sessions.content.files import put_files
 from claude_wrapper.sessions.content.manifest import Manifest
 from claude_wrapper.sessions.content.memorysync import MemorySync, Mounted
-from claude_wrapper.sessions.content.places import Room
+from claude_wrapper.sessions.content.network import Hosts, closed_servers, hosts_of
+from claude_wrapper.sessions.content.packages import ENVIRONMENT as INSTALLING
+from claude_wrapper.sessions.content.packages import INSTALL_SECONDS, Step, failure, stamp, steps, wanted
+from claude_wrapper.sessions.content.places import WorkDir
 from claude_wrapper.sessions.content.repositories import Cloning, put_repositories
 from claude_wrapper.sessions.content.skills import Shown, put_skills
 from claude_wrapper.sessions.journal import Books
@@ -34,6 +37,8 @@ log = structlog.get_logger(__name__)
 FILE_ERROR: Final = "file_mount_error"
 SKILL_ERROR: Final = "skill_mount_error"
 MEMORY_ERROR: Final = "memory_sync_error"
+PACKAGE_ERROR: Final = "package_install_error"
+SERVER_ERROR: Final = "mcp_connection_failed_error"
 OUTPUT_ERROR: Final = "output_error"
 _LEAVE_SECONDS: Final = 120.0
 
@@ -64,7 +69,10 @@ class SessionContent:
         self._session = session
         self._acting = Acting(means, replace(principal, scopes=SCOPES), Scribe(books.clock, books.ids), session().id)
         self._memory = MemorySync(self._acting)
+        self._stores: list[dict[str, Any]] = []
+        """Mounted by the turn that runs."""
         self._refused = False
+        self._closed: frozenset[str] = frozenset()
         self._prompt = ""
         self._news = ""
 
@@ -78,19 +86,28 @@ class SessionContent:
         """What a process that was told before is told with its next message."""
         return self._news
 
-    async def enter(self, room: Room | None) -> None:
+    @property
+    def hosts(self) -> Hosts | None:
+        """What the session's environment leaves of the network; None: it does not narrow."""
+        return hosts_of(self._session().environment)
+
+    async def enter(self, workdir: WorkDir | None) -> None:
         """Put everything in its place. What cannot be is told as `session.error`; the turn goes on.
 
-        `room` is None when the agent has no tools that could see it.
+        `workdir` is None when the agent has no tools that could see it.
         """
         self._prompt = self._news = ""
-        resources = await self._resources()
+        self._stores = []
         session = self._session()
-        wanted = list(session.agent.get("skills") or ())
-        if room is None:
-            await self._refuse(resources, wanted)
+        if (session.environment or {}).get("type") == "self_hosted":
+            return  # the customer's worker brings things to where the tools run
+        resources = await self._resources()
+        skills_wanted = list(session.agent.get("skills") or ())
+        await self._name_closed_servers(session)
+        if workdir is None:
+            await self._refuse(resources, skills_wanted)
             return
-        work = room.work
+        work = workdir.work
         manifest = await asyncio.to_thread(notes.load, work)
         before = notes.copied(manifest)
         errors: list[Trouble] = []
@@ -101,29 +118,59 @@ class SessionContent:
         }
         # Before the files: one of those may lie in a repository.
         repositories = of_kind["github_repository"]
-        failed = await put_repositories(self._acting, self._cloning, repositories, room, manifest)
+        failed = await put_repositories(self._acting, self._cloning, repositories, workdir, manifest)
         placed, told = await put_files(self._acting, of_kind["file"], work, manifest)
         errors += [Trouble(FILE_ERROR, one) for one in told]
         skills: list[Shown] = []
-        if wanted or manifest.skills:
-            skills, told = await put_skills(self._acting, wanted, work, manifest)
+        if skills_wanted or manifest.skills:
+            skills, told = await put_skills(self._acting, skills_wanted, work, manifest)
             errors += [Trouble(SKILL_ERROR, one) for one in told]
-        errors += await self._sync(work, manifest, of_kind["memory_store"])
+        self._stores = of_kind["memory_store"]
+        errors += await self._sync(work, manifest, self._stores)
         errors += [Trouble(one.kind, one.message, {"repository_url": one.url}) for one in failed]
         if manifest != before:
             await asyncio.to_thread(notes.save, work, manifest)
         there = [one for one in resources if one["type"] == "memory_store" or one["id"] in manifest.placed]
-        self._prompt = prompt.describe(room.seen, resources=there, skills=skills, packages=False)
-        self._news = prompt.announcement(room.seen, placed) if placed else ""
+        self._prompt = prompt.describe(
+            workdir.seen, resources=there, skills=skills, packages=bool(wanted(session.environment))
+        )
+        self._news = prompt.announcement(workdir.seen, placed) if placed else ""
         await self.tell(errors)
 
-    async def leave(self, room: Room | None) -> None:
+    async def settle(self, workdir: WorkDir | None) -> None:
+        """Install the environment's packages, once for a workspace. What cannot be is told; the turn goes on."""
+        packages = wanted(self._session().environment)
+        if workdir is None or not packages:
+            return
+        manifest = await asyncio.to_thread(notes.load, workdir.work)
+        if manifest.packages == stamp(packages):
+            return
+        todo, refused = steps(packages)
+        failed = [one for step in todo if (one := await self._installed(workdir, step)) is not None]
+        # Not tried again and again: each try may take minutes.
+        manifest.packages = stamp(packages)
+        await asyncio.to_thread(notes.save, workdir.work, manifest)
+        await self.tell([Trouble(PACKAGE_ERROR, one) for one in (*refused, *failed)])
+
+    async def _installed(self, workdir: WorkDir, step: Step) -> str | None:
+        """None, or why not."""
+        if workdir.run is None:
+            return f"{step.manager}: packages cannot be installed here"
+        try:
+            ran = await workdir.run(step.script, INSTALLING, INSTALL_SECONDS)
+        except TimeoutError:
+            return f"{step.manager} took longer than {INSTALL_SECONDS:g} s and was ended"
+        except SandboxUnavailable as error:
+            return f"{step.manager}: packages cannot be installed: {error.message}"
+        return None if ran.status == 0 else failure(step, ran.status, ran.said)
+
+    async def leave(self, workdir: WorkDir | None) -> None:
         """Keep what the turn changed: memory, outputs. Never raises: what fails is told to the session and logged."""
-        if room is None:
+        if workdir is None:
             return
         try:
             async with asyncio.timeout(_LEAVE_SECONDS):
-                await self.tell(await self._keep(room.work))
+                await self.tell(await self._keep(workdir.work))
         except (WrapperError, OSError) as error:  # a timeout is an OSError
             log.exception("content.not_kept", session=self._acting.session)
             reason = error.message if isinstance(error, WrapperError) else type(error).__name__
@@ -131,10 +178,9 @@ class SessionContent:
                 await self.tell([Trouble(OUTPUT_ERROR, f"What the turn changed could not be kept: {reason}")])
 
     async def _keep(self, work: Path) -> list[Trouble]:
-        resources = await self._resources()
         manifest = await asyncio.to_thread(notes.load, work)
         before = notes.copied(manifest)
-        errors = await self._sync(work, manifest, [one for one in resources if one["type"] == "memory_store"])
+        errors = await self._sync(work, manifest, self._stores)
         kept = await outputs.collect(self._acting, work, manifest)
         errors += [Trouble(OUTPUT_ERROR, one) for one in kept]
         if manifest != before:
@@ -156,6 +202,17 @@ class SessionContent:
             f"resources, {len(skills)} skills): enable at least `read` in its toolset."
         )
         await self.tell([Trouble(FILE_ERROR, message)])
+
+    async def _name_closed_servers(self, session: Session) -> None:
+        servers = {one["name"]: str(one["url"]) for one in session.agent.get("mcp_servers") or ()}
+        closed = closed_servers(session.environment, servers)
+        if closed == self._closed:
+            return
+        self._closed = closed
+        message = (
+            "The session's environment does not allow this server: allow_mcp_servers, or its host in allowed_hosts"
+        )
+        await self.tell([Trouble(SERVER_ERROR, message, {"mcp_server_name": name}) for name in sorted(closed)])
 
     async def _take_away(
         self, work: Path, manifest: Manifest, resources: Sequence[Mapping[str, Any]], errors: list[Trouble]

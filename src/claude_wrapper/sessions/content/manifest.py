@@ -45,7 +45,7 @@ def load(work: Path) -> Manifest:
     """The note of a workspace; an empty one where there is none that can be read. Blocks."""
     try:
         return msgspec.json.decode(trees.read(work, PATH, _MOST), type=Manifest)
-    except (NotFound, InvalidRequest, RequestTooLarge, msgspec.DecodeError, UnicodeDecodeError):
+    except (NotFound, InvalidRequest, RequestTooLarge, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return Manifest()
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from claude_wrapper.errors import InvalidRequest
 from claude_wrapper.sandbox.files import remove_tree
+from claude_wrapper.sessions.content.beside import Ran
 
 HIDDEN: Final = ".mnt"
 MNT: Final = "/mnt"
@@ -71,12 +73,14 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class WorkDir:
     """The workspace of a slot: its directory on the host, its owner there, and how the agent sees it."""
 
     work: Path
     uid: int | None
     seen: Seen
+    run: Callable[[str, Mapping[str, str], float], Awaitable[Ran]] | None = None
+    """Runs a script beside the agent, in a sandbox like its own: (script, environment to add, seconds)."""
 
 
 def binds(

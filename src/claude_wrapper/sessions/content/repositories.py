@@ -27,7 +27,7 @@ from claude_wrapper.sessions.content import places, trees
 from claude_wrapper.sessions.content.acting import Acting
 from claude_wrapper.sessions.content.gitgateway import Passage, Source, gateway
 from claude_wrapper.sessions.content.manifest import Manifest
-from claude_wrapper.sessions.content.places import Room
+from claude_wrapper.sessions.content.places import WorkDir
 
 CLONE: Final = "repository_clone_error"
 CHECKOUT: Final = "repository_checkout_error"
@@ -81,7 +81,7 @@ class Told:
 
 
 async def put_repositories(
-    acting: Acting, cloning: Cloning, wanted: Sequence[Mapping[str, Any]], room: Room, manifest: Manifest
+    acting: Acting, cloning: Cloning, wanted: Sequence[Mapping[str, Any]], workdir: WorkDir, manifest: Manifest
 ) -> list[Told]:
     """Clone what is not there yet. What is there is the agent's: it is not updated. What went wrong."""
     told: list[Told] = []
@@ -90,7 +90,7 @@ async def put_repositories(
             continue
         path = places.relative(str(one["mount_path"]))
         try:
-            await _put(acting, cloning, one, room, path)
+            await _put(acting, cloning, one, workdir, path)
         except RepositoryFailed as error:
             told.append(Told(error.kind, f"{one['url']}: {error.message}", str(one["url"])))
         except WrapperError as error:
@@ -100,11 +100,11 @@ async def put_repositories(
     return told
 
 
-async def _put(acting: Acting, cloning: Cloning, wanted: Mapping[str, Any], room: Room, path: str) -> None:
+async def _put(acting: Acting, cloning: Cloning, wanted: Mapping[str, Any], workdir: WorkDir, path: str) -> None:
     git = shutil.which("git", path=commands.SYSTEM_PATH)
     if git is None:
         raise RepositoryFailed(CLONE, "git is not installed on this server: its operator can install it")
-    if await asyncio.to_thread(_occupied, room.work, path):
+    if await asyncio.to_thread(_occupied, workdir.work, path):
         raise RepositoryFailed(CLONE, f"{wanted['mount_path']} is not empty")
     try:
         token = (await acting.means.secrets.get(acting.principal, TOKEN, str(wanted["id"])))["token"]
@@ -112,15 +112,15 @@ async def _put(acting: Acting, cloning: Cloning, wanted: Mapping[str, Any], room
         token = None
     source = Source(str(wanted["url"]), token)
     root = cloning.scratch / acting.scribe.ids.new("clone")
-    dirs = await asyncio.to_thread(directories.create, root, room.uid)
+    dirs = await asyncio.to_thread(directories.create, root, workdir.uid)
     try:
         async with (
             asyncio.timeout(cloning.limits.seconds),
             gateway(source, permitted=cloning.permitted, most=cloning.limits.received) as passage,
         ):
-            run = _Git(git, dirs, room.uid, cloning.limits, acting.scribe.clock)
+            run = _Git(git, dirs, workdir.uid, cloning.limits, acting.scribe.clock)
             await _clone(run, passage, source.url, wanted.get("checkout"))
-        await asyncio.to_thread(trees.move_in, dirs.work / "tree", room.work, path)
+        await asyncio.to_thread(trees.move_in, dirs.work / "tree", workdir.work, path)
     except TimeoutError:
         raise RepositoryFailed(CLONE, f"took longer than {cloning.limits.seconds:g} s") from None
     finally:

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from claude_wrapper.errors import InvalidRequest, NotFound, RequestTooLarge
-from claude_wrapper.sandbox.files import Entry, open_beneath, read_beneath, remove_tree, walk_beneath, write_beneath
+from claude_wrapper.sandbox.files import (
+    Entry,
+    open_beneath,
+    parts_of,
+    read_beneath,
+    remove_tree,
+    walk_beneath,
+    write_beneath,
+)
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
 _EMPTY: Final = ".claude-wrapper.directory"
@@ -27,8 +35,7 @@ class Incoming:
     """A file on its way into the workspace: write to `file`, then `finish` or `abandon`."""
 
     root: Path
-    path: str
-    """Relative to the root."""
+    name: str
     file: BinaryIO
     _directory: int
     _temporary: str
@@ -41,11 +48,10 @@ class Incoming:
             os.fchmod(self.file.fileno(), mode)
             if (owner.st_uid, owner.st_gid) != (os.geteuid(), os.getegid()):
                 os.fchown(self.file.fileno(), owner.st_uid, owner.st_gid)
-            name = self.path.rsplit("/", 1)[-1]
-            os.rename(self._temporary, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            os.rename(self._temporary, self.name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         except OSError as error:
             self.abandon()
-            raise InvalidRequest(f"{self.path}: {os.strerror(error.errno or 0)}") from error
+            raise InvalidRequest(f"{self.name}: {os.strerror(error.errno or 0)}") from error
         self._close()
 
     def abandon(self) -> None:
@@ -64,7 +70,8 @@ class Incoming:
 
 def begin(root: Path, path: str) -> Incoming:
     """Open a new file for `path` below `root`; directories on the way are made."""
-    directory = open_directory(root, path.rpartition("/")[0])
+    head, name = _split(path)
+    directory = open_directory(root, head)
     temporary = f".claude-wrapper.{os.urandom(8).hex()}"
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -72,7 +79,13 @@ def begin(root: Path, path: str) -> Incoming:
     except OSError as error:
         os.close(directory)
         raise InvalidRequest(f"{path}: {os.strerror(error.errno or 0)}") from error
-    return Incoming(root, path, file, directory, temporary)
+    return Incoming(root, name, file, directory, temporary)
+
+
+def _split(path: str) -> tuple[str, str]:
+    """The directory and the last name of a path that stays below its root: a note of the agent's may say anything."""
+    *head, name = parts_of(path)
+    return "/".join(head), name
 
 
 def open_directory(root: Path, path: str) -> int:
@@ -95,7 +108,7 @@ def make_directory(root: Path, path: str) -> None:
 
 def move_in(source: Path, root: Path, path: str) -> None:
     """Move a directory of the server's, on the same file system, to a free place (or an empty directory) below `root`."""
-    head, _, name = path.rpartition("/")
+    head, name = _split(path)
     directory = open_directory(root, head)
     try:
         os.rename(source, name, dst_dir_fd=directory)
@@ -107,7 +120,7 @@ def move_in(source: Path, root: Path, path: str) -> None:
 
 def exists(root: Path, path: str) -> bool:
     """Whether anything at all is at `path`, be it a link."""
-    head, _, name = path.rpartition("/")
+    head, name = _split(path)
     try:
         directory = open_beneath(root, head, _DIRECTORY) if head else os.open(root, _DIRECTORY)
     except (NotFound, InvalidRequest):
@@ -124,7 +137,7 @@ def exists(root: Path, path: str) -> bool:
 
 def remove(root: Path, path: str) -> None:
     """Remove what is at `path`, with all below it if it is a directory; nothing there is no error."""
-    head, _, name = path.rpartition("/")
+    head, name = _split(path)
     try:
         directory = open_beneath(root, head, _DIRECTORY) if head else os.open(root, _DIRECTORY)
     except (NotFound, InvalidRequest):
@@ -198,7 +211,7 @@ def digest(text: str) -> str:
 
 def clear_way(root: Path, path: str, *, last: bool) -> None:
     """Remove what keeps a file from being written: anything but a directory on the way to it, a directory in its place."""
-    head, _, name = path.rpartition("/")
+    head, name = _split(path)
     try:
         directory = open_beneath(root, head, _DIRECTORY)
     except (NotFound, InvalidRequest):
