@@ -8,7 +8,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from anthropic import AsyncAnthropic
+from anthropic import AsyncAnthropic, BadRequestError
 
 from claude_wrapper.errors import InvalidRequest, PermissionDenied, SandboxUnavailable
 from claude_wrapper.sandbox.choose import choose
@@ -55,6 +55,7 @@ async def test_repositories_are_cloned_with_a_token_that_is_nowhere_inside(
         ) as server,
         AsyncAnthropic(base_url=server.url, api_key=KEY, max_retries=0) as client,
     ):
+        note = await client.beta.files.upload(file=("note.txt", b"a note", "text/plain"))
         with_token = {"authorization_token": TOKEN}
         session = await session_of(
             client,
@@ -67,22 +68,37 @@ async def test_repositories_are_cloned_with_a_token_that_is_nowhere_inside(
                     checkout={"type": "commit", "sha": first},
                 ),
                 repository("public.git"),
+                {"type": "file", "file_id": note.id, "mount_path": "/workspace/public/NOTE"},
             ],
         )
         assert TOKEN not in session.model_dump_json()
         assert [one.mount_path for one in session.resources] == [
-            *("/workspace/private", "/workspace/old/one", "/workspace/public"),
+            *("/workspace/private", "/workspace/old/one", "/workspace/public", "/workspace/public/NOTE"),
         ]
-        look = "cd /workspace; cat private/side.txt old/one/README public/README; git -C private remote -v | head -1; "
+        look = "cd /workspace; cat private/side.txt old/one/README public/README public/NOTE; git -C private remote -v | head -1; "
         look += "git -C private status --short --branch; git -C public log --oneline | wc -l"
         said = await ran(client, session.id, look)
         assert said.split("\n")[:3] == ["on the side", "first", "second"]
+        assert "a note" in said
         assert f"{git.url}/private.git" in said
         assert "## side...origin/side" in said
         pattern = TOKEN.replace("-", "[-]")  # the transcript of this very command is in the home
         nowhere = f"grep -rl {pattern} /workspace /home/agent /mnt /tmp 2>/dev/null; env | grep {pattern}; echo done"
         assert await ran(client, session.id, nowhere) == "done"
         assert list((server.server.data_dir / "clones").iterdir()) == []
+
+        for wrong, field in [
+            (repository("x.git", mount_path="/etc/x"), "mount_path"),
+            (repository("x.git", checkout={"type": "branch", "name": "--upload-pack=x"}), "checkout.name"),
+            (repository("x.git", checkout={"type": "commit", "sha": "HEAD"}), "checkout.sha"),
+            ({"type": "github_repository", "url": f"https://u:{TOKEN}@example.com/x"}, "url"),
+            (repository("x.git", authorization_token="a b"), "authorization_token"),
+        ]:
+            with pytest.raises(BadRequestError, match=rf"resources\[0\]\.{field}") as refused:
+                await session_of(client, resources=[wrong])
+            assert TOKEN not in str(refused.value)
+        with pytest.raises(BadRequestError, match=r"resources\[1\]\.mount_path"):
+            await session_of(client, resources=[repository("x.git"), repository("x.git")])
 
         broken = await session_of(
             client,

@@ -130,15 +130,20 @@ _READERS: Final[Mapping[str, Callable[[Fields], Mount]]] = {
 
 
 async def check(
-    tx: AsyncConnection, principal: Principal, mounted: Sequence[Mount], scribe: Scribe, *, present: Sequence[str] = ()
+    tx: AsyncConnection,
+    principal: Principal,
+    mounted: Sequence[Mount],
+    scribe: Scribe,
+    *,
+    present: Sequence[Mapping[str, Any]] = (),
 ) -> list[Mount]:
     """The resources, complete: with ids, memory stores with their names and places.
 
-    `present` are mount paths that are taken. Raises NotFound for what the caller does not have, InvalidRequest for a
+    `present` are those that the session has. Raises NotFound for what the caller does not have, InvalidRequest for a
     place that is taken or a store that is mounted twice, PermissionDenied for memory that the caller may not write.
     """
     done: list[Mount] = []
-    taken = set(present)
+    taken = {str(one["mount_path"]): str(one["type"]) for one in present}
     for one in mounted:
         body = one.body
         if one.type == "file":
@@ -146,11 +151,20 @@ async def check(
         elif one.type == "memory_store":
             body = await _complete_store(tx, principal, one, done)
         path = str(body["mount_path"])
-        if any(path == other or path.startswith(f"{other}/") or other.startswith(f"{path}/") for other in taken):
+        if any(_in_the_way(path, one.type, other, kind) for other, kind in taken.items()):
             raise InvalidRequest("is taken by another resource", field=f"{one.path}.mount_path".lstrip("."))
-        taken.add(path)
+        taken[path] = one.type
         done.append(replace(one, body=body, id=scribe.ids.new(_PREFIX)))
     return done
+
+
+def _in_the_way(path: str, kind: str, other: str, other_kind: str) -> bool:
+    """Whether two resources cannot lie there at once: one in the other is a file in a repository, or impossible."""
+    if path.startswith(f"{other}/"):
+        return (kind, other_kind) != ("file", "github_repository")
+    if other.startswith(f"{path}/"):
+        return (other_kind, kind) != ("file", "github_repository")
+    return path == other
 
 
 async def _complete_store(

@@ -177,8 +177,7 @@ async def add_resource(call: Call) -> Response:
         present = await mounts.all_of(tx, call.principal, session.id)
         if len(present) >= mounts.MAX_RESOURCES:
             raise Conflict(f"session {session.id} has {mounts.MAX_RESOURCES} resources, which is the most")
-        taken = [str(one["mount_path"]) for one in present]
-        [complete] = await mounts.check(tx, call.principal, [mounted], call.scribe, present=taken)
+        [complete] = await mounts.check(tx, call.principal, [mounted], call.scribe, present=present)
         return await mounts.add(tx, call.principal, session.id, complete, now=call.deps.clock.now())
 
     return answer(await call.write(work))

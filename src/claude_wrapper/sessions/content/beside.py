@@ -14,7 +14,7 @@ from typing import Final
 
 from claude_wrapper.broker.egress import Egress
 from claude_wrapper.errors import SandboxUnavailable
-from claude_wrapper.sandbox import commands
+from claude_wrapper.sandbox import commands, processes
 from claude_wrapper.sandbox.port import Containment, Launch, Sandbox
 
 _KEPT: Final = 16 * 1024
@@ -68,8 +68,12 @@ async def run_beside(
                 said = await _read(process.stdout)
                 return Ran(await process.wait(), said)
         finally:
+            if process.returncode is None:
+                # bubblewrap's first process inside takes everything there along.
+                for first in processes.children(process.pid):
+                    processes.send(first, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with bubblewrap's first process everything inside ends
+                os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
             if egress is not None:
                 await egress.close()

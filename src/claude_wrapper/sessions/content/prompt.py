@@ -35,7 +35,7 @@ def describe(
         lines = [f"- {one.name}: {one.description}\n  {seen.path(one.path)}" for one in skills]
         parts.append("\n".join([_SKILLS, *lines]))
     if packages:
-        parts.append("Packages of this session were installed for your user; programs of theirs are in ~/.local/bin.")
+        parts.append("Packages of this session are installed for your user; their programs are in ~/.local/bin.")
     if not parts:
         return ""
     parts.append(f"Files that you leave in {seen.path(places.OUTPUTS)} are kept and can be downloaded by the user.")

@@ -95,6 +95,8 @@ async def put_repositories(
             told.append(Told(error.kind, f"{one['url']}: {error.message}", str(one["url"])))
         except WrapperError as error:
             told.append(Told(CLONE, f"{one['url']}: {error.message}", str(one["url"])))
+        except OSError as error:
+            told.append(Told(CLONE, f"{one['url']}: cannot be cloned: {error.strerror}", str(one["url"])))
         else:
             manifest.placed[one["id"]] = path
     return told
