@@ -17,7 +17,7 @@ from claude_wrapper.broker.hosts import HostRules
 from claude_wrapper.errors import SandboxUnavailable
 from claude_wrapper.sandbox.choose import choose
 from claude_wrapper.sandbox.probe import probe
-from claude_wrapper.sessions.content.network import closed_servers, hosts_of
+from claude_wrapper.sessions.content.network import hosts_of
 from claude_wrapper.sessions.content.packages import failure, stamp, steps, wanted
 from managed.driving import message, turn
 from managed.workspaces import bash, errors, ran, session_of
@@ -28,10 +28,10 @@ pytestmark = [pytest.mark.anyio]
 HOSTS = st.lists(st.sampled_from(["a.example", "*.example", "pypi.org", "github.com", "evil.test"]), max_size=4)
 
 
-def limited(hosts: list[str], *, managers: bool = False, servers: bool = False) -> dict[str, Any]:
+def limited(hosts: list[str], *, managers: bool = False) -> dict[str, Any]:
     """An environment with limited networking."""
     networking = {"type": "limited", "allowed_hosts": hosts}
-    return {"networking": networking | {"allow_package_managers": managers, "allow_mcp_servers": servers}}
+    return {"networking": networking | {"allow_package_managers": managers}}
 
 
 @given(HOSTS, st.booleans(), st.sampled_from(["a.example", "b.example", "pypi.org", "github.com", "evil.test"]))
@@ -50,14 +50,6 @@ def test_an_environment_only_narrows_what_the_server_allows(hosts: list[str], ma
 def test_without_limits_an_environment_leaves_everything() -> None:
     assert hosts_of(None) is None
     assert hosts_of({"networking": {"type": "unrestricted"}}) is None
-    assert closed_servers(None, {"a": "https://a.example/mcp"}) == frozenset()
-
-
-def test_servers_are_closed_unless_they_or_their_hosts_are_allowed() -> None:
-    servers = {"a": "https://A.example/mcp", "b": "https://b.test:8443/x"}
-    assert closed_servers(limited([]), servers) == {"a", "b"}
-    assert closed_servers(limited(["a.example"]), servers) == {"b"}
-    assert closed_servers(limited([], servers=True), servers) == frozenset()
 
 
 def test_packages_are_quoted_and_what_needs_root_is_refused_by_name() -> None:

@@ -8,7 +8,6 @@ session, so that it can be listed, streamed and continued through the other.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,7 +21,6 @@ from claude_wrapper.sandbox.security import SecurityPolicy
 from claude_wrapper.sessions import records
 from claude_wrapper.sessions.agentspec import Setup, policy_of, setup
 from claude_wrapper.sessions.askers import acting
-from claude_wrapper.sessions.content.network import closed_servers
 from claude_wrapper.sessions.conversation import Conversation
 from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.journal import Books, SessionJournal
@@ -117,7 +115,7 @@ class Doors:
         oauth = credential.kind is CredentialKind.OAUTH
         security = await self._security(session.org_id)
         vault_ids = tuple(session.vault_ids)
-        made = setup(
+        return setup(
             session.agent,
             security,
             oauth=oauth,
@@ -126,12 +124,6 @@ class Doors:
             environment=session.environment,
             self_hosted=is_self_hosted(session),
         )
-        servers = made.spec.remote_servers
-        closed = closed_servers(session.environment, {name: one.url for name, one in servers.items()})
-        if not closed:
-            return made
-        left = {name: one for name, one in servers.items() if name not in closed}
-        return replace(made, spec=replace(made.spec, remote_servers=left))
 
     def holds(self, session: str) -> bool:
         """Whether this replica holds the session."""

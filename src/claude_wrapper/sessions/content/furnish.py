@@ -19,7 +19,7 @@ from claude_wrapper.sessions.content.acting import SCOPES, Acting
 from claude_wrapper.sessions.content.files import put_files
 from claude_wrapper.sessions.content.manifest import Manifest
 from claude_wrapper.sessions.content.memorysync import MemorySync, Mounted
-from claude_wrapper.sessions.content.network import Hosts, closed_servers, hosts_of
+from claude_wrapper.sessions.content.network import Hosts, hosts_of
 from claude_wrapper.sessions.content.packages import ENVIRONMENT as INSTALLING
 from claude_wrapper.sessions.content.packages import INSTALL_SECONDS, Step, failure, stamp, steps, wanted
 from claude_wrapper.sessions.content.places import WorkDir
@@ -38,7 +38,6 @@ FILE_ERROR: Final = "file_mount_error"
 SKILL_ERROR: Final = "skill_mount_error"
 MEMORY_ERROR: Final = "memory_sync_error"
 PACKAGE_ERROR: Final = "package_install_error"
-SERVER_ERROR: Final = "mcp_connection_failed_error"
 OUTPUT_ERROR: Final = "output_error"
 _LEAVE_SECONDS: Final = 120.0
 
@@ -72,7 +71,6 @@ class SessionContent:
         self._stores: list[dict[str, Any]] = []
         """Mounted by the turn that runs."""
         self._refused = False
-        self._closed: frozenset[str] = frozenset()
         self._prompt = ""
         self._news = ""
 
@@ -103,7 +101,6 @@ class SessionContent:
             return  # the customer's worker brings things to where the tools run
         resources = await self._resources()
         skills_wanted = list(session.agent.get("skills") or ())
-        await self._name_closed_servers(session)
         if workdir is None:
             await self._refuse(resources, skills_wanted)
             return
@@ -202,17 +199,6 @@ class SessionContent:
             f"resources, {len(skills)} skills): enable at least `read` in its toolset."
         )
         await self.tell([Trouble(FILE_ERROR, message)])
-
-    async def _name_closed_servers(self, session: Session) -> None:
-        servers = {one["name"]: str(one["url"]) for one in session.agent.get("mcp_servers") or ()}
-        closed = closed_servers(session.environment, servers)
-        if closed == self._closed:
-            return
-        self._closed = closed
-        message = (
-            "The session's environment does not allow this server: allow_mcp_servers, or its host in allowed_hosts"
-        )
-        await self.tell([Trouble(SERVER_ERROR, message, {"mcp_server_name": name}) for name in sorted(closed)])
 
     async def _take_away(
         self, work: Path, manifest: Manifest, resources: Sequence[Mapping[str, Any]], errors: list[Trouble]
