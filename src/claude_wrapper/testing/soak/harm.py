@@ -23,7 +23,7 @@ _OUTAGE_SECONDS: Final = (0.5, 4.0)
 _PAUSE_SECONDS: Final = 2.0
 _SETTLED: Final = 0.8
 """No fault begins after this share of the run, so that everything can settle."""
-_HURRY: Final = 0.3
+_HURRY: Final = 0.2
 """Pauses between faults shrink to this share while there are fewer faults than there should be."""
 _FLOODS: Final = (
     b"\x00" * 65_536,
