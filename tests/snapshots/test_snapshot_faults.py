@@ -428,6 +428,7 @@ async def test_a_save_that_meets_a_deletion_does_not_bring_the_session_back(
         await real(*args, **kw)  # type: ignore[arg-type]
 
     monkeypatch.setattr(rows, "replace", deleted_meanwhile)
+    write(here.work, "a", b"y")
     with pytest.raises(Conflict):
         await here.save()
     monkeypatch.undo()

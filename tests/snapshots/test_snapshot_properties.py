@@ -104,6 +104,7 @@ async def play(root: Path, turns: list[tuple[list[object], str | None]], templat
             for change in changes:
                 apply(one.work, change)
             if then == FAIL:
+                apply(one.work, Write("changed", b"%d" % number, 0o644))  # else there may be nothing to store
                 one.blobs.calls, one.blobs.fail_at = 0, 2 if saved is not None else 1
                 with pytest.raises(StorageUnavailable):
                     await one.save()  # reads or writes the list of files at least

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from snapshots_world import OURS, SESSION, THEIRS, UUID, Bench, tree, write
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper.errors import Conflict, InvalidRequest, NotFound, RequestTooLarge, SnapshotCorrupted
-from claude_wrapper.sessions.snapshots import Progress
+from claude_wrapper.sessions.snapshots import Position, Progress, packing
 from claude_wrapper.sessions.snapshots.manifest import Bounds
 
 pytestmark = pytest.mark.anyio
@@ -291,3 +292,60 @@ async def test_files_that_vanish_or_become_links_while_they_are_read_are_left_ou
     back = await here.restore()
     assert back is not None
     assert set(tree(back.work)) == {"stays"}
+
+
+async def test_what_did_not_change_is_not_stored_again_and_the_snapshot_stays_the_same(here: Bench) -> None:
+    write(here.work, "a", b"x" * 5000)
+    first = await here.save(position=Position(4, exact=True))
+    before = await here.keys_below()
+    same = await here.save(position=Position(4, exact=True))
+    assert (same.id, same.unchanged, same.bytes_written) == (first.id, True, 0)
+    assert await here.keys_below() == before
+    moved = await here.save(position=Position(6, exact=False))
+    assert (moved.unchanged, moved.id != first.id) == (False, True)
+    back = await here.restore()
+    assert back is not None
+    assert back.snapshot.position == Position(6, exact=False)
+
+
+@pytest.mark.parametrize("rest", ["it settles", "it never settles"])
+async def test_a_file_that_changes_while_it_is_read_is_read_again_or_named(
+    here: Bench, monkeypatch: pytest.MonkeyPatch, rest: str
+) -> None:
+    path = write(here.work, "growing", b"half")
+    write(here.work, "still", b"whole")
+    real, reads = packing.read_portion, 0
+
+    def meanwhile(*args: object) -> packing.Portion:
+        nonlocal reads
+        reads += 1
+        if reads == 1 or rest == "it never settles":
+            path.write_bytes(b"written " * (reads + 1))
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(packing, "read_portion", meanwhile)
+    saved = await here.save()
+    monkeypatch.undo()
+    back = await here.restore()
+    assert back is not None
+    assert (back.work / "still").read_bytes() == b"whole"
+    if rest == "it settles":
+        assert saved.torn == ()
+        assert (back.work / "growing").read_bytes() == b"written written "
+    else:
+        assert [one.path for one in back.snapshot.torn] == [b"growing"]
+
+
+async def test_a_guard_that_refuses_leaves_the_snapshot_before_current(here: Bench) -> None:
+    write(here.work, "a", b"x")
+    first = await here.save()
+    write(here.work, "a", b"y")
+
+    async def lost(tx: AsyncConnection) -> None:
+        raise Conflict("the lease was lost")
+
+    with pytest.raises(Conflict, match="the lease was lost"):
+        await here.save(guard=lost)
+    back = await here.restore()
+    assert back is not None
+    assert (back.snapshot.id, (back.work / "a").read_bytes()) == (first.id, b"x")

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from claude_wrapper.sessions.snapshots.store import SnapshotStore
-from claude_wrapper.sessions.snapshots.values import Collected, Progress, Restored, Snapshot, SnapshotSettings
+from claude_wrapper.sessions.snapshots.values import (
+    Collected,
+    Guard,
+    Position,
+    Progress,
+    Restored,
+    Snapshot,
+    SnapshotSettings,
+)
 
-__all__ = ["Collected", "Progress", "Restored", "Snapshot", "SnapshotSettings", "SnapshotStore"]
+__all__ = ["Collected", "Guard", "Position", "Progress", "Restored", "Snapshot", "SnapshotSettings", "SnapshotStore"]

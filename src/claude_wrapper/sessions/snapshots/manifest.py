@@ -122,6 +122,12 @@ class Head(msgspec.Struct, frozen=True):
     entry_count: int
     pages: list[Chunk]
     packs: list[Pack]
+    messages: int = 0
+    """`Position.messages`."""
+    exact: bool = False
+    """`Position.exact`."""
+    torn: list[Skipped] = []
+    """Files that changed while they were read."""
 
     @property
     def bytes_stored(self) -> int:

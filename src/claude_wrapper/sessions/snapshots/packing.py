@@ -298,6 +298,17 @@ def _files(read: Sequence[Portion]) -> dict[int, _File]:
     return files
 
 
+def unsteady(read: Sequence[Portion]) -> list[int]:
+    """Files of the scan that changed while they were read."""
+    return [index for index, file in _files(read).items() if file.gone is None and not file.steady]
+
+
+def drop(read: Sequence[Portion], files: Collection[int]) -> None:
+    """Forget what was read of these files: they are read again."""
+    for portion in read:
+        portion.pieces = [one for one in portion.pieces if one.piece.entry not in files]
+
+
 def assemble(
     scan: Scan, comparison: Comparison, read: Sequence[Portion], addresses: Mapping[int, Sequence[bytes]], index: Index
 ) -> tuple[list[Entry], list[Chunk], list[Pack]]:

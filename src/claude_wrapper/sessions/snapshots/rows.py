@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper.errors import Conflict
+from claude_wrapper.sessions.snapshots.values import Guard
 from claude_wrapper.storage.dialects import insert_ignore
 from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.tables.snapshots import session_snapshots as table
@@ -57,8 +58,13 @@ async def all_current(db: Database, org: str) -> dict[str, Current]:
 
 
 # tenant-scope: the server acts for the organisation that it names
-async def replace(db: Database, org: str, session: str, new: Current, *, seen: str | None) -> None:
-    """Make a snapshot current, if the one that was `seen` (None: none) still is. Raises Conflict if it is not."""
+async def replace(
+    db: Database, org: str, session: str, new: Current, *, seen: str | None, guard: Guard | None = None
+) -> None:
+    """Make a snapshot current, if the one that was `seen` (None: none) still is.
+
+    Raises Conflict if it is not, and whatever `guard` raises in the same transaction.
+    """
     values: Mapping[str, Any] = {
         "manifest_id": new.manifest,
         "previous_manifest_id": new.previous,
@@ -71,6 +77,8 @@ async def replace(db: Database, org: str, session: str, new: Current, *, seen: s
     mine = (table.c.org_id == org, table.c.session_id == session)
 
     async def write(tx: AsyncConnection) -> bool:
+        if guard is not None:
+            await guard(tx)
         if seen is None:
             insert = insert_ignore(db.dialect, table, ["org_id", "session_id"])
             await tx.execute(insert.values(org_id=org, session_id=session, **values))

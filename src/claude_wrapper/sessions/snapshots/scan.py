@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -91,6 +92,33 @@ def scan(home: Path, work: Path, bounds: Bounds) -> Scan:
         os.close(top)
     _walk(result, WORK, _open_root(work), "")
     return result
+
+
+def look_again(scan: Scan, roots: tuple[Path, Path], files: Iterable[int]) -> None:
+    """See these files as they are now, before they are read once more."""
+    for index in files:
+        before = scan.found[index]
+        try:
+            descriptor = open_beneath(roots[before.root], before.path)
+        except (NotFound, InvalidRequest):
+            continue  # reading it will say so
+        try:
+            found = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        scan.total_bytes += found.st_size - before.size
+        scan.found[index] = Found(
+            before.root,
+            before.path,
+            FILE,
+            stat.S_IMODE(found.st_mode) & _KEPT_BITS,
+            _time(found.st_mtime_ns),
+            found.st_size,
+            _time(found.st_ctime_ns),
+            found.st_ino,
+        )
+    if scan.total_bytes > scan.bounds.total_bytes:
+        raise RequestTooLarge(f"the workspace has more than {scan.bounds.total_bytes} bytes: it cannot be snapshotted")
 
 
 def _open_root(path: Path) -> int:

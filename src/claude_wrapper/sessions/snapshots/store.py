@@ -9,8 +9,9 @@ current nor the previous manifest names, and that is older than any save may tak
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -29,6 +30,7 @@ from claude_wrapper.sessions.snapshots.manifest import (
     Head,
     Manifest,
     Pack,
+    Skipped,
     check,
     cut,
     decode,
@@ -36,10 +38,12 @@ from claude_wrapper.sessions.snapshots.manifest import (
     join,
 )
 from claude_wrapper.sessions.snapshots.rows import Current
-from claude_wrapper.sessions.snapshots.scan import Scan, scan
+from claude_wrapper.sessions.snapshots.scan import Scan, look_again, scan
 from claude_wrapper.sessions.snapshots.values import (
     Collected,
+    Guard,
     OnProgress,
+    Position,
     Progress,
     Restored,
     Snapshot,
@@ -56,6 +60,9 @@ log = structlog.get_logger(__name__)
 MANIFEST: Final = "snap"
 PACK: Final = "pack"
 _MAX_PACK: Final = 2 * packing.PORTION_BYTES + packing.PORTION_FILES * (OVERHEAD + 64)
+_MORE_LOOKS: Final = 2
+"""How often a file that changed while it was read is read again."""
+_TORN: Final = "changed while it was read"
 _MOVED_BYTES: Final = 64 << 20
 """Stored bytes that one save moves out of worn packs at most."""
 
@@ -77,6 +84,8 @@ class _Start:
     cli_uuid: str
     cli_version: str
     progress: OnProgress | None
+    position: Position
+    guard: Guard | None
 
 
 @dataclass(slots=True)
@@ -126,11 +135,14 @@ class SnapshotStore:
         *,
         cli_uuid: str,
         cli_version: str = "",
+        position: Position | None = None,
         progress: OnProgress | None = None,
+        guard: Guard | None = None,
     ) -> Snapshot:
-        """Store what changed since the last snapshot and make this one current.
+        """Store what changed since the last snapshot and make this one current; nothing if nothing changed.
 
-        Until its last step, one database write, the last snapshot stays current. Raises RequestTooLarge (more than the
+        Until its last step, one database write, the last snapshot stays current; `guard` runs in that transaction. A
+        file that changes while it is read is read again; one that keeps changing is stored and named in `torn`. Raises RequestTooLarge (more than the
         bounds), NotFound (no such directory), Conflict (another save of this session was first), StorageUnavailable,
         VaultSealed.
         """
@@ -138,7 +150,7 @@ class SnapshotStore:
         async with self._order(org, session):
             try:
                 async with asyncio.timeout(self._settings.save_seconds):
-                    start = _Start(cli_uuid, cli_version, progress)
+                    start = _Start(cli_uuid, cli_version, progress, position or Position(), guard)
                     try:
                         return await self._save(org, session, (home, work), start)
                     except SnapshotCorrupted as error:
@@ -167,6 +179,14 @@ class SnapshotStore:
             await self._store(saving, portion)
 
         await each(packing.portions(found.found, comparison.changed), self._settings.parallel, store)
+        torn = packing.unsteady(saving.read)
+        for _ in range(_MORE_LOOKS if torn else 0):
+            await in_thread(look_again, found, roots, torn)
+            packing.drop(saving.read, set(torn))
+            await each(packing.portions(found.found, torn), self._settings.parallel, store)
+            torn = packing.unsteady(saving.read)
+            if not torn:
+                break
         addresses = await in_thread(packing.wanted, base, comparison, saving.read)
         await self._renew_worn(saving, addresses)
         entries, chunks, packs = await in_thread(
@@ -174,6 +194,8 @@ class SnapshotStore:
         )
         before = None if base is None else base.head
         pages, all_packs = await self._store_pages(saving, Manifest(entries, chunks, packs), before)
+        if row is not None and before is not None and not comparison.changed and _same(before, row, pages, start):
+            return replace(_snapshot(before, row, written=0, read=0), unchanged=True)
         head = Head(
             version=FORMAT,
             id=self._ids.new(MANIFEST),
@@ -187,11 +209,15 @@ class SnapshotStore:
             entry_count=len(entries),
             pages=pages,
             packs=all_packs,
+            messages=start.position.messages,
+            exact=start.position.exact,
+            torn=[Skipped(found.found[index].root, os.fsencode(found.found[index].path), _TORN) for index in torn],
         )
         sealed = await in_thread(encode, head, keys)
         await self._put(_manifest_key(org, session, head.id), sealed)
         new = _row(head, now, previous=before.id if before is not None else None)
-        await rows.replace(self._db, org, session, new, seen=row.manifest if row is not None else None)
+        seen = row.manifest if row is not None else None
+        await rows.replace(self._db, org, session, new, seen=seen, guard=start.guard)
         read = sum(portion.bytes_read for portion in saving.read)
         return _snapshot(head, new, written=saving.written + len(sealed), read=read)
 
@@ -260,11 +286,17 @@ class SnapshotStore:
     # Restoring --------------------------------------------------------------------------------------------------------
 
     async def restore(
-        self, org: str, session: str, into: Path, *, progress: OnProgress | None = None
+        self,
+        org: str,
+        session: str,
+        into: Path,
+        *,
+        progress: OnProgress | None = None,
+        guard: Guard | None = None,
     ) -> Restored | None:
         """Write the current snapshot into a directory that does not exist yet; None when there is no snapshot.
 
-        If it is damaged, the one before it is restored and made current, and the result says so. When it raises,
+        If it is damaged, the one before it is restored and made current (`guard` as in `save`), and the result says so. When it raises,
         `into` does not exist. Raises SnapshotCorrupted (the one before is damaged too, or there is none), Conflict (the
         directory exists), RequestTooLarge (more than the bounds), StorageUnavailable, VaultSealed.
         """
@@ -285,7 +317,7 @@ class SnapshotStore:
                     log.warning("snapshot.corrupted", session=session, snapshot=manifest_id, reason=error.message)
                     damage = damage or error
                     continue
-                return await self._restored(session, into, row, org=org, head=head, damage=damage)
+                return await self._restored(session, into, row, org=org, head=head, damage=damage, guard=guard)
             raise SnapshotCorrupted(
                 f"no snapshot of session {session} can be read back: {damage.message if damage else 'none is left'}"
             )
@@ -299,12 +331,13 @@ class SnapshotStore:
         org: str,
         head: Head,
         damage: SnapshotCorrupted | None,
+        guard: Guard | None,
     ) -> Restored:
         if damage is not None:
             # Else the next save would build on the damaged one, and take over what cannot be read.
             sound = _row(head, row.created_at, previous=None)
             try:
-                await rows.replace(self._db, org, session, sound, seen=row.manifest)
+                await rows.replace(self._db, org, session, sound, seen=row.manifest, guard=guard)
             except BaseException:
                 await in_thread(remove_tree, into)
                 raise
@@ -507,6 +540,13 @@ def _row(head: Head, created_at: datetime, *, previous: str | None) -> Current:
     )
 
 
+def _same(before: Head, row: Current, pages: Sequence[Chunk], start: _Start) -> bool:
+    """Whether the current snapshot says all that a new one would; what is left out of both does not count."""
+    told = (before.id, before.cli_uuid, before.cli_version, before.messages, before.exact)
+    now = (row.manifest, start.cli_uuid, start.cli_version, start.position.messages, start.position.exact)
+    return told == now and not before.torn and [page.id for page in pages] == [page.id for page in before.pages]
+
+
 def _snapshot(head: Head, row: Current, *, written: int, read: int) -> Snapshot:
     return Snapshot(
         id=head.id,
@@ -521,6 +561,8 @@ def _snapshot(head: Head, row: Current, *, written: int, read: int) -> Snapshot:
         cli_version=head.cli_version,
         skipped=tuple(head.skipped),
         skipped_count=head.skipped_count,
+        position=Position(head.messages, head.exact),
+        torn=tuple(head.torn),
     )
 
 

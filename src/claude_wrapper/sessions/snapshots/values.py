@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper.sessions.snapshots.manifest import Bounds, Skipped
 
@@ -30,6 +32,16 @@ class SnapshotSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Position:
+    """Where in its conversation a snapshot was taken."""
+
+    messages: int = 0
+    """Messages that the session's own record of the conversation held."""
+    exact: bool = False
+    """Whether the CLI's transcript in the home holds exactly these, so that the CLI can resume from it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """A snapshot that is current, or was when it was told."""
 
@@ -50,6 +62,11 @@ class Snapshot:
     skipped: tuple[Skipped, ...] = ()
     """The first thousand of what is left out: sockets, devices, links that leave the tree, unreadable files."""
     skipped_count: int = 0
+    position: Position = Position()
+    torn: tuple[Skipped, ...] = ()
+    """Files that were being written each time they were read: their content may be of two moments."""
+    unchanged: bool = False
+    """Nothing was stored: the snapshot that was current holds the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +102,6 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+Guard = Callable[[AsyncConnection], Awaitable[None]]
+"""Runs inside the transaction that makes a snapshot current, before it is committed; what it raises stops that."""
