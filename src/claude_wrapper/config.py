@@ -238,6 +238,12 @@ class Settings:
         kind="float",
         minimum=1,
     )
+    kept_seconds: float = setting(
+        900.0,
+        "A hibernated session whose files are stored is forgotten by this server, local files included, this long after its last turn; its next turn brings it back from the database and its snapshot.",
+        kind="float",
+        minimum=1,
+    )
     max_queued_turns: int = setting(
         16, "Turns that may wait in one conversation; more are refused.", kind="int", minimum=1
     )
@@ -260,6 +266,24 @@ class Settings:
     blob_url: str | None = setting(
         None,
         "Where snapshots and files are kept: `s3://`, `gs://`, `az://` or a directory; default: in the data directory.",
+    )
+    snapshot_max_bytes: int = setting(
+        16 << 30,
+        "Largest workspace that is stored, in bytes; a larger one is told in its session.",
+        kind="int",
+        minimum=1,
+    )
+    snapshot_max_files: int = setting(
+        1_000_000, "Most files, directories and links of a workspace that is stored.", kind="int", minimum=1
+    )
+    snapshot_stop_seconds: float = setting(
+        30.0,
+        "When the server stops, last snapshots get this long after the processes have ended.",
+        kind="float",
+        minimum=0,
+    )
+    snapshot_collect_seconds: float = setting(
+        3600.0, "How often stored pieces that no session needs any more are removed.", kind="float", minimum=1
     )
     master_key: str | None = setting(
         None,

@@ -351,3 +351,25 @@ asyncio.run(main())
 """
     url = f"sqlite:///{tmp_path / 'x.db'}"
     subprocess.run([sys.executable, "-c", program, url, str(left_open)], timeout=60, check=True)
+
+
+async def test_a_write_that_is_cancelled_at_any_moment_does_not_lock_out_the_next(sqlite_url: str) -> None:
+    db = Database(sqlite_url)
+
+    async def write() -> None:
+        async with db.transaction() as tx:
+            await tx.execute(sa.text("CREATE TABLE IF NOT EXISTS one (a INTEGER)"))
+            await tx.execute(sa.text("INSERT INTO one VALUES (1)"))
+            await tx.execute(sa.text("SELECT count(*) FROM one"))
+
+    try:
+        for turns in range(120):
+            writing = asyncio.ensure_future(write())
+            for _ in range(turns % 40):
+                await asyncio.sleep(0.0001)
+            writing.cancel()
+            await asyncio.wait({writing})
+            async with asyncio.timeout(5):  # far below the ten seconds that a writer waits for a lock
+                await write()
+    finally:
+        await db.close(grace=5)

@@ -159,6 +159,7 @@ class Agent(Link):
         if self._last_uuid is not None and self._last_uuid != target:
             fields["last_seen_user_message_uuid"] = self._last_uuid  # else the CLI refuses: "stale target"
         response = await self.call("rewind_conversation", **fields)
+        self.said = None  # its line is still in the transcript, and does not count any more
         if response.get("rewound") is not True:
             raise ControlRefused(f"the Claude process did not rewind: {response.get('error') or response}")
         if target == self._first_uuid:

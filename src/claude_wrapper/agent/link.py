@@ -101,6 +101,8 @@ class Link:
         self._idle_output = 0
         self.session_uuid: str | None = None
         """The CLI's own id of the conversation, from the latest `system/init`."""
+        self.said: str | None = None
+        """`uuid` of the model's last frame: the line that its transcript must have to hold the conversation."""
         self.residue: set[str] = set()
         """Tools that ran in this process and leave something in it that a rewind does not take away."""
         self.on_stray: OnStray | None = None
@@ -385,8 +387,11 @@ class Link:
             self._answered(record)
         if record.state is not TurnState.STREAMING:
             record.take(TurnEvent.FRAME)
-        if kind == "assistant" and b'"tool_use"' in frame.raw:
-            self._note_tools(frame)
+        if kind == "assistant":
+            if frame.parent_tool_use_id is None:
+                self.said = frame.uuid
+            if b'"tool_use"' in frame.raw:
+                self._note_tools(frame)
         record.inbox.put(frame)
         return record
 

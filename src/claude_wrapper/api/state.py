@@ -28,6 +28,7 @@ from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.state import SharedState
 from claude_wrapper.telemetry.metrics import Metrics
 from claude_wrapper.tenancy.audit import Origin, Scribe
+from claude_wrapper.tenancy.deletion import Eraser
 from claude_wrapper.tenancy.keyformat import Pepper
 from claude_wrapper.tenancy.keyring import KeyRing
 from claude_wrapper.tenancy.principal import Principal
@@ -135,6 +136,8 @@ class Deps:
     clock: Clock
     ids: Ids
     version: str
+    erasers: tuple[Eraser, ...] = ()
+    """What else an organisation's end erases, beside what the routes know of."""
 
     def scribe(self, request: Request) -> Scribe:
         """Who changes something, from where, for the audit log."""

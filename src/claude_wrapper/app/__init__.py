@@ -27,6 +27,13 @@ from claude_wrapper.api.credentials import UpstreamCredentials
 from claude_wrapper.api.reports import security_report
 from claude_wrapper.api.state import ApiSettings, Deps
 from claude_wrapper.app.caching import TOOL
+from claude_wrapper.app.keeping import (
+    ErasedSnapshots,
+    collect_snapshots,
+    removing,
+    snapshot_keeper,
+    snapshot_store,
+)
 from claude_wrapper.app.orgsettings import OrgSecurity, OrgSettings
 from claude_wrapper.app.reloading import Reloading
 from claude_wrapper.app.replica import named, running_replica
@@ -57,6 +64,7 @@ from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.doors import Doors
 from claude_wrapper.sessions.eventlog import EventLog
 from claude_wrapper.sessions.journal import Books
+from claude_wrapper.sessions.keeping import SnapshotKeeper
 from claude_wrapper.sessions.managed import ManagedSessions
 from claude_wrapper.sessions.process import ProcessFactory, Resume, SlotProcess, leftover_slots
 from claude_wrapper.sessions.remotes import RemoteServers
@@ -152,6 +160,7 @@ class Server:
     security_level: str
     telemetry: Telemetry
     reloading: Reloading
+    keeper: SnapshotKeeper
     new_admin_key: str | None = None
     requests: InFlight = field(default_factory=InFlight)
 
@@ -220,33 +229,14 @@ async def running_server(
         remotes = RemoteServers(
             broker.mcp_bridge, mcp_tokens, ServerBook(tenants.database, clock), tenants.caches.named(TOOL)
         )
-        keeper = _Keeper()
+        pool_keeper = _Keeper()
         pool: Pool[SlotProcess] = Pool(
             _pool_settings(settings, policy),
             clock,
             ids,
             telemetry.factory(factory),
-            on_hibernate=keeper.on_hibernate,
-            on_lost=keeper.on_lost,
-        )
-        conversations = Conversations(
-            Rooms(
-                pool=pool,
-                clock=clock,
-                ids=ids,
-                connect_remote=remotes,
-                spawn=tasks.spawn,
-                max_queued_turns=settings.max_queued_turns,
-                kept_dir=data_dir / "kept",
-                watch=telemetry.turns,
-            ),
-            kept_dir=data_dir / "kept",
-            forget_after_seconds=settings.session_seconds,
-            forget_held_after_seconds=settings.held_session_seconds,
-        )
-        keeper.conversations = conversations
-        credentials = UpstreamCredentials(
-            tenants.resolver, settings.upstream_url, allow_oauth=settings.allow_oauth, policies=tenants.policies
+            on_hibernate=pool_keeper.on_hibernate,
+            on_lost=pool_keeper.on_lost,
         )
         own = await stack.enter_async_context(
             running_replica(settings, name, tenants.database, clock, listening=address)
@@ -259,6 +249,29 @@ async def running_server(
             clock,
             ids,
             tenants.prices.listed,
+        )
+        store = snapshot_store(settings, books, resources.blobs, tenants.org_keys)
+        keeper = snapshot_keeper(books, store, data_dir / "kept", factory.cli, telemetry.metrics)
+        conversations = Conversations(
+            Rooms(
+                pool=pool,
+                clock=clock,
+                ids=ids,
+                connect_remote=remotes,
+                spawn=tasks.spawn,
+                max_queued_turns=settings.max_queued_turns,
+                kept_dir=data_dir / "kept",
+                watch=telemetry.turns,
+                keeper=keeper,
+            ),
+            kept_dir=data_dir / "kept",
+            forget_after_seconds=settings.session_seconds,
+            forget_held_after_seconds=settings.held_session_seconds,
+            forget_stored_after_seconds=settings.kept_seconds,
+        )
+        pool_keeper.conversations = conversations
+        credentials = UpstreamCredentials(
+            tenants.resolver, settings.upstream_url, allow_oauth=settings.allow_oauth, policies=tenants.policies
         )
         sessions = ManagedSessions(
             books,
@@ -275,12 +288,19 @@ async def running_server(
         )
         await pool.start()
         stack.push_async_callback(tasks.settle, 5.0)
+        sessions.on_deleted = removing(store, tasks.spawn)
+        # When the pool has stopped its processes: their files hold still.
+        stack.push_async_callback(keeper.close, settings.snapshot_stop_seconds)
         stack.push_async_callback(pool.close, 5.0)
         stack.push_async_callback(sessions.close)
-        for endless in (_sweep(conversations, clock, settings.sweep_seconds), sessions.listen(), sessions.attend()):
+        for endless in (
+            _sweep(conversations, clock, settings.sweep_seconds),
+            sessions.listen(),
+            sessions.attend(),
+            purge_expired_files(resources, clock, settings.sweep_seconds),
+            collect_snapshots(store, books, telemetry.metrics, settings.snapshot_collect_seconds),
+        ):
             stack.callback(tasks.spawn(endless).cancel)  # before the tasks are waited for: they never end by themselves
-        cleaning = tasks.spawn(purge_expired_files(resources, clock, settings.sweep_seconds))
-        stack.callback(cleaning.cancel)
         authenticator = Authenticator(
             tenants.keyring,
             operator_digest=digest(settings.admin_key) if settings.admin_key else None,
@@ -336,6 +356,7 @@ async def running_server(
             clock=clock,
             ids=ids,
             version=__version__,
+            erasers=(ErasedSnapshots(store),),
         )
         yield Server(
             app=create_app(deps, watch=telemetry.requests, flight=flight),
@@ -352,6 +373,7 @@ async def running_server(
             requests=flight,
             telemetry=telemetry,
             reloading=Reloading(settings, telemetry, tenants, egress),
+            keeper=keeper,
         )
 
 

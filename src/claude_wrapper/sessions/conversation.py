@@ -114,6 +114,10 @@ class Conversation:
             return frozenset()
         return self._bridge.pending
 
+    def touch(self) -> None:
+        """Somebody uses it now."""
+        self.last_used = self._rooms.clock.monotonic()
+
     def submit(self, turn_input: TurnInput) -> Leg:
         """Queue one turn. Raises RateLimited when too many wait already."""
         if self.ended:
@@ -237,6 +241,7 @@ class Conversation:
         journal = self.journal
         if journal is None:
             return await self._on_process(turn_input, leg)
+        await self._rooms.keeper.begin(self)
         turn_input = await journal.begin(turn_input)
         self._end = TurnEnd(Draining("the turn was cancelled"))
         try:
@@ -245,7 +250,11 @@ class Conversation:
             self._end = TurnEnd(error)
             raise
         finally:
-            await asyncio.shield(asyncio.ensure_future(journal.end(self._end)))
+            await asyncio.shield(asyncio.ensure_future(self._written(journal)))
+
+    async def _written(self, journal: Journal) -> None:
+        await journal.end(self._end)
+        self._rooms.keeper.ended(self)
 
     async def _on_process(self, turn_input: TurnInput, leg: Leg) -> bool:
         try:
@@ -294,8 +303,9 @@ class Conversation:
         """The process goes. What an agent did to its files and learned is kept for its next process."""
         self.process = None
         self.hang_up()
-        if process.profile.tools != ():
+        if process.profile.tools != () and not self.ended:
             self.resume = process.keep(self._rooms.kept_dir / process.slot)
+            self._rooms.keeper.left(self, process)
 
     def hang_up(self) -> None:
         """End the conversations with remote MCP servers, which belong to the process that went."""
@@ -306,6 +316,8 @@ class Conversation:
         if self.process is not None and self.process.fingerprint != turn_input.spec.fingerprint:
             self.lose(self.process)
             await self._rooms.pool.end_session(self.session)  # set up otherwise: another process takes over
+        if self.process is None:
+            await self._rooms.keeper.fetch(self, turn_input)
         return await self._rooms.pool.claim(
             ClaimRequest(
                 claim=self._rooms.ids.new("claim"),
@@ -333,8 +345,8 @@ class Conversation:
         if kind is not Kind.WARM:
             await initialize(process, spec, self.content)
             # A process that was started with --resume holds the history already.
-            resumed, self.resume = self.resume is not None and turn_input.replay is None, None
-            if not resumed:
+            resume, self.resume = self.resume, None
+            if resume is None or not resume.uuid or turn_input.replay is not None:
                 await give_past(process, turn_input)
         bridge.on_trouble, bridge.on_reused = self._mcp_trouble, self._mcp_reused
         await set_up(process, bridge, turn_input)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -38,8 +39,16 @@ class Conversations:
     """The registry. One instance per server; every look-up takes the owner."""
 
     def __init__(
-        self, rooms: Rooms, *, kept_dir: Path, forget_after_seconds: float, forget_held_after_seconds: float
+        self,
+        rooms: Rooms,
+        *,
+        kept_dir: Path,
+        forget_after_seconds: float,
+        forget_held_after_seconds: float,
+        forget_stored_after_seconds: float | None = None,
     ) -> None:
+        """The times are seconds without a turn: of one whose caller sends the history again, of one that this server
+        holds the history of, and of one without a process that can be had back from the database and its snapshot."""
         self.on_named: Callable[[Conversation, str], None] = lambda _conversation, _name: None
         """Called for each conversation that a caller names for the first time."""
         self.on_forgotten: Callable[[Conversation], None] = lambda _conversation: None
@@ -48,6 +57,7 @@ class Conversations:
         self._kept_dir = kept_dir
         self._forget_after = forget_after_seconds
         self._forget_held_after = forget_held_after_seconds
+        self._forget_stored_after = forget_stored_after_seconds
         self._by_session: dict[str, Conversation] = {}
         self._by_name: dict[tuple[Owner, str], Conversation] = {}
         self._by_history: dict[str, deque[Conversation]] = {}
@@ -254,6 +264,7 @@ class Conversations:
         if process.profile.tools != () and process.agent.session_uuid is not None:
             # Its workspace and the CLI's own transcript are the conversation: both are kept for --resume.
             conversation.resume = process.keep(self._kept_dir / process.slot)
+            self._rooms.keeper.left(conversation, process)
         elif not conversation.held and not conversation.busy:
             # A stateless client sends the history again, and a spare takes it from there.
             self._forget(conversation)
@@ -288,14 +299,23 @@ class Conversations:
         """Forget conversations that nobody continued for long. Returns how many."""
         now = self._rooms.clock.monotonic()
         stale = [
-            one
-            for one in self._by_session.values()
-            if not one.busy and now - one.last_used >= (self._forget_held_after if one.held else self._forget_after)
+            one for one in self._by_session.values() if not one.busy and now - one.last_used >= self._forget_at(one)
         ]
         for conversation in stale:
             self._forget(conversation)
             await self._rooms.pool.end_session(conversation.session)
         return len(stale)
+
+    def _forget_at(self, conversation: Conversation) -> float:
+        """After how many seconds without a turn."""
+        if self._rooms.keeper.unsaved(conversation):
+            return math.inf
+        if not conversation.held:
+            return self._forget_after
+        stored = self._forget_stored_after
+        if stored is not None and conversation.process is None and self._rooms.keeper.may_forget(conversation):
+            return min(stored, self._forget_held_after)
+        return self._forget_held_after
 
     async def erase(self, org: str) -> int:
         """Forget all conversations of an organisation; their processes are stopped and their workspaces removed.
@@ -322,6 +342,7 @@ class Conversations:
     def _forget(self, conversation: Conversation) -> None:
         self._unindex(conversation)
         conversation.hang_up()
+        self._rooms.keeper.forget(conversation)
         if not conversation.ended:
             conversation.ended = True
             self.on_forgotten(conversation)

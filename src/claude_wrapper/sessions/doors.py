@@ -79,7 +79,9 @@ class Doors:
         if conversation is not None and _fence_of(conversation) not in (None, fence):
             self._conversations.drop(conversation)  # of an earlier time, before another replica held the session
             conversation = None
-        if conversation is None:
+        if conversation is not None:
+            conversation.touch()  # it is not forgotten before whoever asks has used it
+        else:
             async with self._books.db.read() as tx:
                 messages = await records.load_messages(tx, acting(session.owner), session.id)
             conversation = self._conversations.find(session.id) or self._conversations.restore(

@@ -69,6 +69,8 @@ class ManagedSessions:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._strays: set[asyncio.Task[None]] = set()
+        self.on_deleted: Callable[[Session], None] = lambda _session: None
+        """Called when a session's rows are gone: what it has elsewhere goes too."""
         doors.on_change = self.wake
         doors.recover = self.recover
 
@@ -167,6 +169,7 @@ class ManagedSessions:
             await records.delete_session(tx, principal, session)
         await self.books.log.publish(session, stored)
         await self._end(principal, found)
+        self.on_deleted(found)
 
     async def _end(self, principal: Principal, session: Session) -> None:
         self.wake(session.id)

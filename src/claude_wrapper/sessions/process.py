@@ -19,7 +19,7 @@ from typing import Any, Final
 import structlog
 
 from claude_wrapper.agent.connection import Agent
-from claude_wrapper.agent.launch import Auth, LaunchProfile, LaunchSpec, command
+from claude_wrapper.agent.launch import Auth, LaunchProfile, LaunchSpec, command, transcript_path
 from claude_wrapper.agent.settings import AgentSettings
 from claude_wrapper.broker.bodies import SYSTEM_PLACEHOLDER
 from claude_wrapper.broker.broker import Broker
@@ -34,6 +34,7 @@ from claude_wrapper.sandbox.files import empty_tree, remove_tree
 from claude_wrapper.sandbox.port import SOCKET_NAME, Containment, Level, Limits, Sandbox, SlotDirs
 from claude_wrapper.sandbox.staging import reachable_cli
 from claude_wrapper.sandbox.uids import UidAllocator
+from claude_wrapper.sessions.clitranscripts import put_transcript
 from claude_wrapper.sessions.content import places
 from claude_wrapper.sessions.content.beside import Ran, run_beside
 from claude_wrapper.sessions.diskguard import guard_disk
@@ -81,6 +82,8 @@ class SlotProcess:
     """Without a sandbox: the workspace, which file tools may not leave."""
     fingerprint: str | None = None
     permission_mode: str = "default"
+    adopted: Resume | None = None
+    """What it was started with."""
     kept: Resume | None = None
     """What will be left of it for the conversation to go on with."""
     mcp_servers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -168,11 +171,12 @@ class SlotProcess:
 
     def keep(self, target: Path) -> Resume | None:
         """Let `stop` move home and workspace to `target` instead of removing them. None when there is nothing to
-        resume: the CLI has not begun a session."""
-        if self.agent.session_uuid is None:
+        resume: the CLI has not begun a session, and nothing was there before."""
+        uuid = self.agent.session_uuid or (self.adopted.uuid if self.adopted is not None else None)
+        if uuid is None:
             return None
         if self.kept is None:
-            self.kept = Resume(self.agent.session_uuid, target)
+            self.kept = Resume(uuid, target)
         return self.kept
 
     async def stop(self, reason: str) -> None:
@@ -213,6 +217,14 @@ def _adopt(kept: Path, dirs: SlotDirs, uid: int | None) -> None:
     remove_tree(kept)
 
 
+def _give_back(dirs: SlotDirs, kept: Path) -> None:
+    """The process did not start: its conversation's files are kept for the next one."""
+    kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for source in (dirs.home, dirs.work):
+        if not (kept / source.name).exists() and source.exists():
+            source.rename(kept / source.name)
+
+
 def _give(root: Path, uid: int) -> None:
     """Make a kept tree the new slot's. Nothing runs in it, and links are given themselves, never followed."""
     os.chown(root, uid, uid, follow_symlinks=False)
@@ -242,7 +254,7 @@ class ProcessFactory:
         limits_by_level: Mapping[str, Limits] | None = None,
     ) -> None:
         """`limits` are the server's own, `limits_by_level` those of profiles that name a security level."""
-        self._cli = cli
+        self.cli = cli
         self._slots_dir = slots_dir
         self._sandbox = sandbox
         self._limits = limits
@@ -281,9 +293,14 @@ class ProcessFactory:
         if resume is not None:
             async with asyncio.timeout(_KEPT_SECONDS):
                 await resume.ready.wait()
+            cleanup.push_async_callback(asyncio.to_thread, _give_back, dirs, resume.kept)
             await asyncio.to_thread(_adopt, resume.kept, dirs, uid)
-        cli = await asyncio.to_thread(reachable_cli, self._cli, self._slots_dir.parent / "cli", uid)
+        cli = await asyncio.to_thread(reachable_cli, self.cli, self._slots_dir.parent / "cli", uid)
         layout = self._sandbox.layout(dirs, cli)
+        if resume is not None and resume.uuid:
+            there = transcript_path(dirs.home, layout.work, resume.uuid)
+            if not await asyncio.to_thread(put_transcript, dirs.home, resume.uuid, there):
+                raise SpawnFailed(f"The transcript of the conversation ({resume.uuid}) is not in its home any more")
         endpoint = await self._broker.open(slot, dirs.run / SOCKET_NAME if layout.socket is not None else None)
         cleanup.push_async_callback(endpoint.close)
         networked = self._egress is not None and profile.tools != ()
@@ -344,6 +361,7 @@ class ProcessFactory:
             egress_lists=self._egress,
             guarding=guarding,
             spec=None if workdir is None else spec,
+            adopted=resume,
         )
         if workdir is not None:
             process.workdir = replace(workdir, run=process.run_beside)

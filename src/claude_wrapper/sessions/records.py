@@ -25,6 +25,7 @@ from claude_wrapper.storage.dialects import for_update, now_ms, upsert
 from claude_wrapper.storage.pagination import Page, PageRequest, fetch_page
 from claude_wrapper.storage.tables.replicas import replicas
 from claude_wrapper.storage.tables.sessions import session_calls, session_events, session_messages, sessions
+from claude_wrapper.storage.tables.snapshots import session_snapshots
 from claude_wrapper.tenancy.principal import Principal, owned
 from claude_wrapper.wire.managed import Call
 
@@ -244,6 +245,8 @@ async def change_session(tx: AsyncConnection, principal: Principal, session: str
 
 async def delete_session(tx: AsyncConnection, principal: Principal, session: str) -> None:
     """The row and everything that hangs on it."""
+    snapshot = sa.delete(session_snapshots).where(owned(principal, session_snapshots))
+    await tx.execute(snapshot.where(session_snapshots.c.session_id == session))
     await tx.execute(sa.delete(sessions).where(owned(principal, sessions), sessions.c.id == session))
 
 
@@ -413,6 +416,14 @@ async def load_messages(tx: AsyncConnection, principal: Principal, session: str)
     query = sa.select(table.c.role, table.c.body).where(owned(principal, table), table.c.session_id == session)
     rows = (await tx.execute(query.order_by(table.c.position))).all()
     return [Message(row.role, msgspec.json.decode(row.body)) for row in rows]
+
+
+async def last_message(tx: AsyncConnection, principal: Principal, session: str) -> tuple[int, bool]:
+    """How many messages the conversation has, and whether the last one is the model's."""
+    table = session_messages
+    query = sa.select(table.c.position, table.c.role).where(owned(principal, table), table.c.session_id == session)
+    row = (await tx.execute(query.order_by(table.c.position.desc()).limit(1))).first()
+    return (0, False) if row is None else (row.position + 1, row.role == "assistant")
 
 
 async def cut_messages(tx: AsyncConnection, principal: Principal, session: str, position: int) -> None:

@@ -12,6 +12,7 @@ from claude_wrapper.clock import Clock
 from claude_wrapper.ids import Ids
 from claude_wrapper.pool.pool import Pool
 from claude_wrapper.sessions.bridge import RemoteConnector
+from claude_wrapper.sessions.keeper import Keeper
 from claude_wrapper.sessions.process import SlotProcess
 from claude_wrapper.sessions.watch import Watch
 
@@ -32,3 +33,4 @@ class Rooms:
     parked_seconds: float = 600.0
     """How long a turn waits for the results of the caller's own tools."""
     watch: Watch = field(default_factory=Watch)
+    keeper: Keeper = field(default_factory=Keeper)

@@ -235,6 +235,14 @@ def _sqlite_engine(url: sa.URL, settings: DatabaseSettings, *, read_only: bool) 
             cursor.execute(pragma)
         cursor.close()
 
+    @sa.event.listens_for(engine.sync_engine, "invalidate")
+    def _invalidated(connection: Any, _record: Any, _error: Any) -> None:
+        # A statement that was cancelled under way keeps its connection open behind the driver's back, and with it the
+        # write lock: every writer then waits for `busy_timeout`, until the garbage collection comes by.
+        driver = connection.driver_connection
+        if (raw := driver._connection) is not None:  # noqa: SLF001
+            driver._tx.put_nowait((None, raw.rollback))  # noqa: SLF001 - in the connection's own thread
+
     @sa.event.listens_for(engine.sync_engine, "begin")
     def _begin(connection: sa.Connection) -> None:
         connection.exec_driver_sql(begin)

@@ -68,6 +68,8 @@ JOB_OUTCOMES: Final = ("completed", "failed", "cancelled", "expired", "retried")
 LEASE_STEPS: Final = ("acquired", "renewed", "released", "lost", "taken_over")
 SESSION_STATES: Final = ("running", "idle", "hibernated")
 SNAPSHOT_STEPS: Final = ("save", "restore", "collect")
+SNAPSHOT_OUTCOMES: Final = ("ok", "unchanged", "given_up", "previous", "none", "error")
+"""`given_up`: a turn began before the save had ended; `previous`: the last snapshot was damaged."""
 OUTCOMES: Final = ("ok", "error")
 MCP_STEPS: Final = ("connect", "list", "call", "other")
 MCP_OUTCOMES: Final = (
@@ -326,7 +328,10 @@ class Metrics:
         self.leases_held = make.gauge("leases_held", "Session leases that this replica holds.")
         self.lease_steps = make.counter("lease_steps_total", "What happened to session leases.", step=LEASE_STEPS)
         self.snapshots = make.counter(
-            "snapshots_total", "Snapshots written, read and collected.", step=SNAPSHOT_STEPS, outcome=OUTCOMES
+            "snapshots_total", "Snapshots written, read and collected.", step=SNAPSHOT_STEPS, outcome=SNAPSHOT_OUTCOMES
+        )
+        self.snapshots_behind = make.gauge(
+            "snapshots_behind", "Sessions of this replica whose last snapshot is older than their last turn."
         )
         self.snapshot_seconds = make.histogram(
             "snapshot_seconds", "Time that a snapshot took.", _STORE_SECONDS, step=SNAPSHOT_STEPS

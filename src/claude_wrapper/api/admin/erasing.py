@@ -13,7 +13,7 @@ from claude_wrapper.vault.erasure import erase_vault
 
 def erasers(deps: Deps, principal: Principal) -> tuple[Eraser, ...]:
     """In the order in which they run: first what runs, then what lies on disk, then the keys that open the rest."""
-    return (_Sessions(deps), BlobsOfResources(deps.resources.blobs), _Vault(deps, principal))
+    return (_Sessions(deps), BlobsOfResources(deps.resources.blobs), *deps.erasers, _Vault(deps, principal))
 
 
 @dataclass

@@ -390,11 +390,13 @@ class SnapshotStore:
             await rows.remove(self._db, org, session)
             await self._remove(await self._list(_prefix(org, session)))
 
-    async def erase(self, org: str) -> None:
-        """Forget all snapshots of an organisation and remove their blobs. Raises StorageUnavailable: repeat it."""
+    async def erase(self, org: str) -> int:
+        """Forget all snapshots of an organisation and remove their blobs; how many. Raises StorageUnavailable: repeat it."""
         _check_ids(org)
         await rows.remove(self._db, org, None)
-        await self._remove(await self._list(_prefix(org)))
+        blobs = await self._list(_prefix(org))
+        await self._remove(blobs)
+        return len(blobs)
 
     async def collect(self, org: str) -> Collected:
         """Remove what no session's current or previous snapshot needs and what is older than the grace period.
