@@ -18,11 +18,15 @@ from claude_wrapper.app.offline import opened
 from claude_wrapper.cli import main
 from claude_wrapper.clock import SystemClock
 from claude_wrapper.config import Settings
+from claude_wrapper.errors import AuthenticationFailed
 from claude_wrapper.limits.records import list_budgets
+from claude_wrapper.sessions.resources.environments import create_environment
+from claude_wrapper.sessions.resources.values import Fields
 from claude_wrapper.storage.pagination import PageRequest
 from claude_wrapper.tenancy.audit import list_audit_entries
 from claude_wrapper.tenancy.keyring import KeyRing
 from claude_wrapper.tenancy.orgs import list_organizations
+from claude_wrapper.tenancy.workerring import WorkerRing
 from claude_wrapper.vault.resolve import Resolver
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "tenants.md"
@@ -199,3 +203,33 @@ def test_a_database_that_is_away_is_named(run: Any, monkeypatch: pytest.MonkeyPa
     done = run("org", "list")
     assert done.exit_code == 2
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_keys_of_a_self_hosted_environment_are_made_listed_and_revoked(data: Path, run: Any) -> None:
+    org = run("org", "create", "Acme").stdout.strip()
+
+    async def make(offline: Any) -> str:
+        async with offline.database.transaction() as tx:
+            inside = offline.operator.acting_in(org)
+            fields = Fields({"name": "theirs", "config": {"type": "self_hosted"}})
+            return str((await create_environment(tx, inside, offline.scribe, fields)).id)
+
+    environment = looking(data, make)
+    made = run("environment-key", "create", "Acme", environment, "--name", "laptop", "--days", "30")
+    secret = made.stdout.strip()
+    assert re.fullmatch(r"sk-env-[0-9a-z]+-[\w-]{43}", secret), made.output
+    listed = run("environment-key", "list", "Acme", "--environment", environment).stdout.split("\t")
+    assert listed[1:3] + listed[4:] == [environment, "active", "laptop\n"]
+
+    async def authenticates(offline: Any) -> bool:
+        ring = WorkerRing(offline.database, offline.pepper, SystemClock())
+        try:
+            grant = (await ring.authenticate(secret)).worker
+        except AuthenticationFailed:
+            return False
+        return grant is not None and grant.environment == environment
+
+    assert looking(data, authenticates)
+    assert run("environment-key", "revoke", "Acme", listed[0]).exit_code == 0
+    assert not looking(data, authenticates)
+    assert "revoked" in run("environment-key", "list", "Acme").stdout

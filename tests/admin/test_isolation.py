@@ -166,12 +166,13 @@ async def furnished(admin: Admin) -> dict[str, str]:
     return ids
 
 
-async def worked(admin: Admin, key: str) -> dict[str, str]:
+async def worked(admin: Admin, key: str, *, agent: Any = (), resources: Any = ()) -> dict[str, str]:
     """A self-hosted environment with a key, and a session that a worker holds; ids, and the worker's credentials."""
     environment = (await admin.post("/v1/environments", {"name": "x", "config": {"type": "self_hosted"}}, key=key)).body
     made = (await admin.post("/environment_keys", {"environment_id": environment["id"]}, key=key)).body
-    agent = (await admin.post("/v1/agents", {"model": "claude-sonnet-5-5", "name": "x"}, key=key)).body
-    new = {"agent": agent["id"], "environment_id": environment["id"]}
+    described = {"model": "claude-sonnet-5-5", "name": "x", **dict(agent)}
+    made_agent = (await admin.post("/v1/agents", described, key=key)).body
+    new = {"agent": made_agent["id"], "environment_id": environment["id"], "resources": list(resources)}
     session = (await admin.post("/v1/sessions", new, key=key)).body
     work = (await admin.get(f"/v1/environments/{environment['id']}/work/poll", key=made["secret"])).body
     acked = await admin.post(f"/v1/environments/{environment['id']}/work/{work['id']}/ack", key=made["secret"])

@@ -198,6 +198,68 @@ def key_rotate(settings: Any, organization: str, key_id: str, overlap_hours: int
     _say(f"{made.key.id} replaces {key_id}")
 
 
+@admin.group("environment-key")
+def environment_key() -> None:
+    """Keys of self-hosted environments: what their workers poll with."""
+
+
+@environment_key.command("create")
+@click.argument("organization")
+@click.argument("environment_id")
+@click.option("--name", default="worker", show_default=True)
+@click.option("--days", type=click.IntRange(1, 3650), help="Expires after this many days.")
+@click.pass_obj
+def environment_key_create(settings: Any, organization: str, environment_id: str, name: str, days: int | None) -> None:
+    """Create a key for a self-hosted environment's workers; prints its secret, this once."""
+    from datetime import timedelta
+
+    from claude_wrapper.tenancy.environmentkeys import create_environment_key
+
+    async def work(offline: Any) -> Any:
+        boss = await _inside(offline, organization)
+        ends = None if days is None else offline.scribe.now() + timedelta(days=days)
+        async with offline.database.transaction() as tx:
+            return await create_environment_key(
+                tx, boss, offline.scribe, offline.pepper, environment_id, name=name, expires_at=ends
+            )
+
+    made = _run(settings, work)
+    click.echo(made.secret)
+    _say(f"{made.key.id}: shown once, it is kept only as a hash")
+
+
+@environment_key.command("list")
+@click.argument("organization")
+@click.option("--environment", help="Only of this environment (id).")
+@click.pass_obj
+def environment_key_list(settings: Any, organization: str, environment: str | None) -> None:
+    """List environment keys: id, environment, status, hint, name."""
+    from claude_wrapper.cli.finding import environment_keys
+
+    async def work(offline: Any) -> Any:
+        return await environment_keys(offline, await _inside(offline, organization), environment)
+
+    for one, status in _run(settings, work):
+        click.echo(f"{one.id}\t{one.environment_id}\t{status}\t{one.hint}\t{one.name}")
+
+
+@environment_key.command("revoke")
+@click.argument("organization")
+@click.argument("key_id")
+@click.pass_obj
+def environment_key_revoke(settings: Any, organization: str, key_id: str) -> None:
+    """Revoke an environment key for good."""
+    from claude_wrapper.tenancy.environmentkeys import revoke_environment_key
+
+    async def work(offline: Any) -> None:
+        boss = await _inside(offline, organization)
+        async with offline.database.transaction() as tx:
+            await revoke_environment_key(tx, boss, offline.scribe, key_id)
+
+    _run(settings, work)
+    _say(f"{key_id} is revoked; what its workers serve at the moment ends with their leases")
+
+
 # People -----------------------------------------------------------------------------------------------------------------
 
 

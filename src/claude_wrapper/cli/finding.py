@@ -6,6 +6,7 @@ from claude_wrapper.app.offline import Offline
 from claude_wrapper.errors import Conflict, NotFound
 from claude_wrapper.storage.pagination import MAX_LIMIT, PageRequest
 from claude_wrapper.tenancy.apikeys import list_api_keys
+from claude_wrapper.tenancy.environmentkeys import EnvironmentKey, list_environment_keys
 from claude_wrapper.tenancy.keyrecords import ApiKey
 from claude_wrapper.tenancy.orgs import Organization, list_organizations
 from claude_wrapper.tenancy.principal import Principal
@@ -51,3 +52,13 @@ async def api_keys(offline: Offline, principal: Principal) -> list[ApiKey]:
     now = offline.scribe.now()
     page = await offline.database.query(lambda tx: list_api_keys(tx, principal, PageRequest(limit=MAX_LIMIT), now=now))
     return list(page.data)
+
+
+async def environment_keys(
+    offline: Offline, principal: Principal, environment_id: str | None
+) -> list[tuple[EnvironmentKey, str]]:
+    """The newest thousand keys of self-hosted environments, each with its status."""
+    page = await offline.database.query(
+        lambda tx: list_environment_keys(tx, principal, PageRequest(limit=MAX_LIMIT), environment_id=environment_id)
+    )
+    return [(one, one.status(offline.scribe.now())) for one in page.data]

@@ -26,6 +26,7 @@ from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.journal import Books, SessionJournal
 from claude_wrapper.sessions.records import Session
 from claude_wrapper.sessions.selfhosted.demand import is_self_hosted
+from claude_wrapper.sessions.selfhosted.told import agent_told
 from claude_wrapper.sessions.sessionfields import NewSession
 from claude_wrapper.sessions.spec import Content, Owner, TurnEnd, TurnInput
 from claude_wrapper.sessions.threads import note_thread
@@ -93,7 +94,7 @@ class Doors:
             journal.decide = policy_of(session.agent)
         else:
             conversation.journal = journal = self._journal(session, conversation, fence)
-        if conversation.content is None:
+        if conversation.content is None and not is_self_hosted(session):  # there the worker has the workspace
             writing = journal
             conversation.content = self._content(acting(session.owner), lambda: writing.session)
         return conversation, journal
@@ -117,14 +118,18 @@ class Doors:
         oauth = credential.kind is CredentialKind.OAUTH
         security = await self._security(session.org_id)
         vault_ids = tuple(session.vault_ids)
+        agent, hosted = session.agent, is_self_hosted(session)
+        if hosted:
+            async with self._books.db.read() as tx:
+                agent = await agent_told(tx, acting(session.owner), session)
         return setup(
-            session.agent,
+            agent,
             security,
             oauth=oauth,
             aliases=self._aliases,
             vault_ids=vault_ids,
             environment=session.environment,
-            self_hosted=is_self_hosted(session),
+            self_hosted=hosted,
         )
 
     def holds(self, session: str) -> bool:
