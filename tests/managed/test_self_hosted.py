@@ -175,6 +175,14 @@ async def test_wrong_and_doubled_results_change_nothing_and_open_calls_outlive_a
         assert (before, len(server.upstream.calls)) == (1, 1), "what was said is not asked for again"
         results = [one.tool_use_id for one in await history(client, session) if one.type == "user.tool_result"]
         assert results == [one.id for one in calls[:2]]
+        cut = (await turn(client, session, message('[[tool mcp__sandbox__bash {"command":"rm x"}]] [[then]]')))[-1]
+        assert cut.stop_reason.type == "requires_action"
+        assert (await turn(client, session, {"type": "user.interrupt"}))[-1].stop_reason.type == "end_turn"
+        said_so = [one for one in await history(client, session) if one.type == "user.tool_result"][-1]
+        assert said_so.is_error, "or the next worker would run it"
+        assert [said_so.tool_use_id] == cut.stop_reason.event_ids
+        with pytest.raises(BadRequestError):
+            await client.beta.sessions.events.send(session, events=[{**first, "tool_use_id": said_so.tool_use_id}])
 
 
 VANISHING = """

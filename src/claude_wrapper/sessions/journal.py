@@ -378,9 +378,10 @@ class SessionJournal:
                 continue
             if call.kind == "custom" and call.answered_at is None:
                 events.append({"type": "user.custom_tool_result", "custom_tool_use_id": call.event_id, **output})
-            if call.kind in records.SANDBOX_KINDS and (call.answer is None or "result" in call.answer):
-                # No worker answered it: it was denied, or the process answered in its place.
-                unheard.append({"type": "agent.tool_result", "tool_use_id": call.event_id, **output})
+            if call.kind in records.SANDBOX_KINDS and call.answer is None:
+                unheard.append(records.cancelled_event(call, output))
+            elif call.kind in records.SANDBOX_KINDS and "result" in (call.answer or {}):
+                unheard.append({"type": "agent.tool_result", "tool_use_id": call.event_id, **output})  # denied
             await records.set_output(tx, principal, session, call, output=output, now=now)
         if events:
             events += self.running_events()
@@ -441,11 +442,10 @@ class SessionJournal:
             return []
         if not end.kept:
             await records.cut_messages(tx, principal, session_id, turn.start)
-        if turn.called:
-            await records.cancel_calls(tx, principal, session_id, books.clock.now())
+        cancelled = await records.cancel_calls(tx, principal, session_id, books.clock.now()) if turn.called else []
         queued = bool(await books.log.queued(tx, principal, session_id, TURN_EVENTS))
         closing, values = self._closing(turn, session, end, queued=queued)
-        events = [*unsaid, *closing]
+        events = [*unsaid, *cancelled, *closing]
         stored, mark = await books.log.write_with(tx, principal, session_id, events, values, fence=self.fence)
         self._keep(turn, None if queued else _after(session, values), end, mark)
         return stored
@@ -483,8 +483,8 @@ class SessionJournal:
             turn = present.turn or {}
             if "start" in turn:
                 await records.cut_messages(tx, principal, session_id, int(turn["start"]))
-            await records.cancel_calls(tx, principal, session_id, books.clock.now())
-            events = [*await books.log.unfinished_request(tx, principal, session_id)]
+            events = await records.cancel_calls(tx, principal, session_id, books.clock.now())
+            events += [*await books.log.unfinished_request(tx, principal, session_id)]
             events += [{"type": "session.error", "error": dict(error)}, *self.idle_events(EXHAUSTED)]
             await records.change_session(
                 tx, principal, session_id, status=records.IDLE, stop_reason=dict(EXHAUSTED), turn=None

@@ -41,6 +41,10 @@ BY_MESSAGES: Final = "messages"
 
 CLIENT_KINDS: Final = frozenset({"custom", "sandbox", "sandbox_ask"})
 """Kinds of calls whose results come from outside: from the API's client, or from the worker of a self-hosted environment."""
+CANCELLED: Final[Mapping[str, Any]] = {
+    "content": [{"type": "text", "text": "The call was cancelled before it had a result."}],
+    "is_error": True,
+}
 SANDBOX_KINDS: Final = frozenset({"sandbox", "sandbox_ask"})
 """A worker's calls; the second kind waits for a confirmation first."""
 
@@ -367,14 +371,21 @@ async def set_output(
     )
 
 
-async def cancel_calls(tx: AsyncConnection, principal: Principal, session: str, now: datetime) -> None:
-    """Nobody will answer what is open."""
+async def cancel_calls(tx: AsyncConnection, principal: Principal, session: str, now: datetime) -> list[dict[str, Any]]:
+    """Nobody will answer what is open. The events that say so: without them a worker would run its calls later on."""
+    left = await calls_of(tx, principal, session, open_only=True)
     await tx.execute(
         sa.update(session_calls)
         .where(owned(principal, session_calls), session_calls.c.session_id == session)
         .where(session_calls.c.answered_at.is_(None))
         .values(answer={"cancelled": True}, answered_at=now)
     )
+    return [cancelled_event(call, CANCELLED) for call in left if call.kind in SANDBOX_KINDS]
+
+
+def cancelled_event(call: CallRow, output: Mapping[str, Any]) -> dict[str, Any]:
+    """A worker's call that was answered in its place, in the form by which workers know that it is."""
+    return {"type": "user.tool_result", "tool_use_id": call.event_id, **output}
 
 
 # Transcript ----------------------------------------------------------------------------------------------------------

@@ -362,11 +362,12 @@ class Runner:
             await records.guard(tx, self.principal, self._session, journal.fence)
             await books.log.processed(tx, self.principal, self._session, interrupts)
             if session.awaited:
-                await records.cancel_calls(tx, self.principal, self._session, books.clock.now())
+                ended = await records.cancel_calls(tx, self.principal, self._session, books.clock.now())
                 await records.change_session(
                     tx, self.principal, self._session, status=records.IDLE, stop_reason=dict(END_TURN), turn=None
                 )
-                stored = await books.log.write(tx, self.principal, self._session, journal.idle_events(END_TURN))
+                ended += journal.idle_events(END_TURN)
+                stored = await books.log.write(tx, self.principal, self._session, ended)
         await books.log.publish(self._session, stored)
 
     async def _answer_parked(self, conversation: Conversation, calls: Sequence[CallRow]) -> None:
@@ -403,11 +404,13 @@ class Runner:
         books = self._books
         events = [{"type": "session.error", "error": dict(error)}, *journal.idle_events(EXHAUSTED)]
         async with books.db.transaction() as tx:
-            await records.cancel_calls(tx, self.principal, self._session, books.clock.now())
+            cancelled = await records.cancel_calls(tx, self.principal, self._session, books.clock.now())
             await records.change_session(
                 tx, self.principal, self._session, status=records.IDLE, stop_reason=dict(EXHAUSTED), turn=None
             )
-            stored = await books.log.write(tx, self.principal, self._session, events, fence=journal.fence)
+            stored = await books.log.write(
+                tx, self.principal, self._session, [*cancelled, *events], fence=journal.fence
+            )
         await books.log.publish(self._session, stored)
 
 

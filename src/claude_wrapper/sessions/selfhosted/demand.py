@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 
 MAX_ATTEMPTS: Final = 3
 """Workers in a row that may leave a session without an answered call before nobody else is sent to it by itself."""
-_FROM_THE_WORKER: Final = frozenset({"user.tool_result", "user.interrupt"})
+_START_NOTHING: Final = frozenset({"user.tool_result", "user.interrupt"})
 
 
 def queue_channel(environment: str) -> str:
@@ -81,7 +81,7 @@ async def enqueue(
 
 def wakes(events: Sequence[Mapping[str, Any]]) -> bool:
     """Whether these events of a client make a session go on that may have no worker any more."""
-    return any(event["type"] not in _FROM_THE_WORKER for event in events)
+    return any(event["type"] not in _START_NOTHING for event in events)
 
 
 async def needed_again(
