@@ -142,6 +142,7 @@ async def archive_session(call: Call) -> Response:
 
 async def delete_session(call: Call) -> Response:
     """Forget a session."""
+    call.principal.require(WRITE)
     session = await call.deps.sessions.get(call.principal, _id(call))
 
     async def work(tx: AsyncConnection) -> list[str]:

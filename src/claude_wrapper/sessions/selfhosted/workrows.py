@@ -88,7 +88,7 @@ async def waiting(
 async def settle(tx: AsyncConnection, principal: Principal, environment: str, now: datetime) -> None:
     """Give up the leases that have ended."""
     query = sa.select(table).where(owned(principal, table), table.c.environment_id == environment, _ended(now))
-    for row in (await tx.execute(query)).all():
+    for row in (await tx.execute(query.order_by(table.c.id))).all():  # in one order, or two replicas lock each other
         before = _read(row)
         await write(tx, principal, before, states.settled(before, now))
 
