@@ -21,6 +21,7 @@ TITLES = {
     "limits": "Limits, ledger, reports",
     "sessions": "Sessions",
     "mcp": "Calls of MCP tools",
+    "cache": "Shared cache",
 }
 
 

@@ -104,6 +104,31 @@ async def mcp(*, quick: bool) -> Findings:
     return Findings(figures, {"output": raw})
 
 
+async def cache(*, quick: bool) -> Findings:
+    """`bench/cache.py`: what the shared cache saves on a stated mix."""
+    raw = await run("cache.py", ["--requests", "60" if quick else "400"])
+    mix = ", ".join(f"{count} {kind}" for kind, count in raw["mix"].items())
+    figures = [
+        Figure("requests that were answered from the cache", "%", [100 * raw["hit_rate"]], note=mix),
+        Figure(
+            "of those that may be answered from it at all", "%", [100 * raw["hit_rate_of_what_may_hit"]], note="no chat"
+        ),
+        Figure(
+            "calls upstream, with the cache beside without",
+            "",
+            [raw["upstream_calls_with"]],
+            [raw["upstream_calls_without"]],
+        ),
+        Figure("tokens saved", "", [raw["saved_tokens"]]),
+        Figure("money saved", "$", [raw["saved_dollars"]]),
+        Figure(
+            "time of a request, with the cache beside without", "ms", raw["with_ms"], raw["without_ms"], Compare.RATIO
+        ),
+        Figure("time of an answer, hit beside miss", "ms", raw["answer_hit_ms"], raw["answer_miss_ms"], Compare.RATIO),
+    ]
+    return Findings(figures, {"output": raw})
+
+
 def _plain(raw: dict[str, Any]) -> Findings:
     """Every number of nested JSON as a figure; the unit is the end of its name."""
     figures = [Figure(name, unit, [value]) for name, unit, value in _numbers(raw, ())]

@@ -30,7 +30,14 @@ class Running:
     upstream: ScriptedUpstream
     http: aiohttp.ClientSession
 
-    async def ask(self, text: str, *, history: list[dict[str, Any]] | None = None, **fields: Any) -> Answer:
+    async def ask(
+        self,
+        text: str,
+        *,
+        history: list[dict[str, Any]] | None = None,
+        headers: dict[str, str] | None = None,
+        **fields: Any,
+    ) -> Answer:
         """One non-streaming request with the operator's key."""
         body = {
             "model": "claude-sonnet-5-5",
@@ -39,8 +46,8 @@ class Running:
             **fields,
         }
         data = io.BytesIO(json.dumps(body).encode())
-        headers = {"content-type": "application/json"}
-        async with self.http.post("/v1/messages", data=data, headers=headers) as response:
+        sent = {"content-type": "application/json", **(headers or {})}
+        async with self.http.post("/v1/messages", data=data, headers=sent) as response:
             return Answer(response.status, dict(response.headers), await response.json())
 
 

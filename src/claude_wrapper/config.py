@@ -159,6 +159,12 @@ class Settings:
         kind="float",
         minimum=0,
     )
+    upstream_hedge_seconds: float = setting(
+        0.0,
+        "Token counts and model lists that take longer are asked a second time and the faster answer counts; 0 never does that.",
+        kind="float",
+        minimum=0,
+    )
     breaker_failures: int = setting(
         5, "Consecutive failures that open the circuit breaker of an upstream and credential.", kind="int", minimum=1
     )
@@ -168,6 +174,22 @@ class Settings:
     # The process
     cli: Path | None = setting(
         None, "The Claude CLI to run; default: the one in the claude-agent-sdk wheel.", kind="Path"
+    )
+    canary_cli: Path | None = setting(
+        None, "A new version of the CLI that a share of the new conversations tries; see docs/canary.md.", kind="Path"
+    )
+    canary_share: float = setting(
+        0.05, "Share of the new conversations that try the new version, 0 to 1.", kind="float", minimum=0
+    )
+    canary_min_turns: int = setting(
+        20, "Turns of the new version before anything is concluded from them.", kind="int", minimum=1
+    )
+    canary_window_seconds: float = setting(3600.0, "Turns older than this are not compared.", kind="float", minimum=1)
+    canary_worse_errors: float = setting(
+        0.02, "How much higher the new version's error rate may be, 0 to 1.", kind="float", minimum=0
+    )
+    canary_slower: float = setting(
+        1.5, "How many times as long the new version's median turn may take.", kind="float", minimum=1
     )
     sandbox: str = setting(
         "auto",

@@ -48,6 +48,8 @@ NEEDS: dict[tuple[str, str], Row] = {
     ("GET", "/v1/security"): Row("read:organization"),
     ("GET", "/v1/organizations/me"): Row("read:organization"),
     ("GET", "/v1/organizations/audit_log"): Row("read:audit"),
+    ("GET", "/v1/cli"): Row("operate:server"),
+    ("POST", "/v1/cli"): Row("operate:server", lambda _: {"state": "promoted"}, answer=(409,)),
     ("GET", "/v1/organizations/policies"): Row("read:organization"),
     ("POST", "/v1/organizations/policies"): Row("write:organization", lambda _: {"cache_seconds": 60}),
     ("GET", "/v1/organizations"): Row("operate:server"),

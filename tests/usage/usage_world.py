@@ -40,6 +40,7 @@ class Call:
     stream_complete: bool = True
     main: bool = True
     cache_hit: bool = False
+    saved: Usage = field(default_factory=Usage)
 
 
 class Switched:

@@ -48,6 +48,8 @@ class LaunchProfile:
     auth: Auth
     security: str = ""
     """The security level whose limits the process gets; empty: the server's own."""
+    cli: str = ""
+    """Which of the server's CLIs; empty: the main one."""
 
     def __post_init__(self) -> None:
         """Raises ConfigurationError for what the CLI would silently get wrong."""

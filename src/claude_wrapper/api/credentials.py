@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from claude_wrapper.broker.calls import Credential, CredentialKind
+from claude_wrapper.broker.calls import CacheTerms, Credential, CredentialKind
 from claude_wrapper.broker.fallback import standby_of
 from claude_wrapper.errors import CredentialMissing, PermissionDenied
 from claude_wrapper.tenancy.policies import Policies
@@ -66,9 +66,9 @@ class UpstreamCredentials:
 
 
 def _with(policies: Policies, credential: Credential, others: Sequence[Credential] = ()) -> Credential:
-    """A credential with what may stand in for it."""
+    """A credential with what may stand in for it, and what of it may be kept."""
     standby = standby_of(policies.fallback_models, others)
-    return credential if standby is None else replace(credential, standby=standby)
+    return replace(credential, standby=standby, cache=CacheTerms(policies.cache_answers, policies.cache_seconds))
 
 
 def _signed(leased: Leased) -> bool:

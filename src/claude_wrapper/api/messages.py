@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from claude_wrapper.api import errors, sse
 from claude_wrapper.api.bodies import read_body
+from claude_wrapper.api.caching import cache_use
 from claude_wrapper.api.deadlines import turn_seconds
 from claude_wrapper.api.state import Deps, deps_of
 from claude_wrapper.api.translate import Translated, owner_of, pooled_turn, turn_for
@@ -63,7 +64,8 @@ async def _translate(request: Request, deps: Deps, parsed: MessagesRequest) -> T
     policy = await deps.security(principal.org)
     translated = turn_for(parsed, principal, credential, deps, policy, api_version=api_version)
     seconds = turn_seconds(request.headers, translated.turn.turn_seconds, streamed=bool(parsed.stream))
-    translated = replace(translated, turn=replace(translated.turn, turn_seconds=seconds))
+    use = cache_use(request.headers)
+    translated = replace(translated, turn=replace(translated.turn, turn_seconds=seconds, cache=use))
     if thread is None:
         return translated
     return replace(translated, thread=thread, turn=replace(translated.turn, history=tuple(thread.messages)))

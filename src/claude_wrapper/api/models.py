@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from claude_wrapper.api.bodies import read_body
+from claude_wrapper.api.caching import cache_use
 from claude_wrapper.api.state import deps_of
 from claude_wrapper.errors import InvalidRequest, PermissionDenied
 from claude_wrapper.ids import well_formed
@@ -43,5 +44,7 @@ async def _forward(
     if model is not None and not principal.may_use(model):
         raise PermissionDenied(f"model: this key may not use {model}")
     credential = await deps.credentials.choose(principal, None)
-    answer = await deps.direct.ask(credential, method, path, body)
-    return Response(answer.body, status_code=answer.status, media_type="application/json")
+    use = cache_use(request.headers)
+    answer = await deps.direct.ask(credential, method, path, body, org=principal.org, use=use)
+    headers = {"cw-cache": answer.cache} if answer.cache is not None else None
+    return Response(answer.body, status_code=answer.status, media_type="application/json", headers=headers)

@@ -54,7 +54,18 @@ _PROCESS_HEADERS: Final = {
         "cw-session-id": "The conversation; send it as `session_id` to continue by name.",
         "cw-process": "`warm` (the conversation's own process), `reused`, `spare` or `cold`.",
         "cw-process-pid": "Process id of the Claude CLI that answered.",
+        "cw-cache": "`hit` or `miss`, where the shared cache was asked.",
+        "cw-fallback-model": "The model that answered in place of the one that was asked for.",
+        "cw-fallback-credential": "The credential that was shown in place of the first one.",
     }.items()
+}
+
+_CACHE_PARAMETER: Final = {
+    "name": "cw-cache",
+    "in": "header",
+    "required": False,
+    "description": "Whether the shared cache may answer; see docs/cache.md.",
+    "schema": {"enum": ["use", "refresh", "bypass"]},
 }
 
 _REQUEST_EXAMPLE: Final = {
@@ -114,6 +125,7 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
         "post": {
             "summary": "Create a Message",
             "description": "The Anthropic Messages API. Extensions: `session_id` names a conversation, `agent` asks for agent behaviour, `mcp_servers` gives the agent tools.",
+            "parameters": [_CACHE_PARAMETER],
             "requestBody": {
                 "required": True,
                 "content": {

@@ -24,6 +24,7 @@ from claude_wrapper.sessions.remotes import RemoteServers
 from claude_wrapper.sessions.resources.mcptokens import McpTokens
 from claude_wrapper.sessions.resources.means import ResourceMeans
 from claude_wrapper.sessions.selfhosted.queue import WorkQueue
+from claude_wrapper.sessions.versions import Versions
 from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.state import SharedState
 from claude_wrapper.telemetry.metrics import Metrics
@@ -118,6 +119,7 @@ class Deps:
     tenants: Tenants
     sessions: ManagedSessions
     work_queue: WorkQueue
+    versions: Versions
     resources: ResourceMeans
     mcp_tokens: McpTokens
     remotes: RemoteServers

@@ -20,13 +20,14 @@ from fastapi import FastAPI
 from starlette.requests import Request
 
 from claude_wrapper import __version__
-from claude_wrapper.agent.launch import CHAT, agent_profile, locate_cli
+from claude_wrapper.agent.launch import CHAT, agent_profile
 from claude_wrapper.agent.settings import AgentSettings
 from claude_wrapper.api.app import create_app
 from claude_wrapper.api.credentials import UpstreamCredentials
 from claude_wrapper.api.reports import security_report
 from claude_wrapper.api.state import ApiSettings, Deps
 from claude_wrapper.app.caching import TOOL
+from claude_wrapper.app.cliversions import move_spares, versions_of
 from claude_wrapper.app.keeping import (
     ErasedSnapshots,
     collect_snapshots,
@@ -209,8 +210,12 @@ async def running_server(
         org_settings = OrgSettings(tenants.database, clock)
         security = OrgSecurity(levels, org_settings)
         egress = _egress_lists(settings, security, org_settings)
+        clis, versions = await versions_of(
+            settings, clock, policies=tenants.policies, state=tenants.state, metrics=telemetry.metrics
+        )
         factory = ProcessFactory(
-            cli=locate_cli(str(settings.cli) if settings.cli else None),
+            cli=clis.main,
+            canary=clis.canary,
             slots_dir=slots_dir,
             sandbox=sandbox,
             limits=policy.limits,
@@ -238,6 +243,7 @@ async def running_server(
             on_hibernate=pool_keeper.on_hibernate,
             on_lost=pool_keeper.on_lost,
         )
+        move_spares(pool, versions)
         own = await stack.enter_async_context(
             running_replica(settings, name, tenants.database, clock, listening=address)
         )
@@ -262,6 +268,7 @@ async def running_server(
                 max_queued_turns=settings.max_queued_turns,
                 kept_dir=data_dir / "kept",
                 watch=telemetry.turns,
+                versions=versions,
                 keeper=keeper,
             ),
             kept_dir=data_dir / "kept",
@@ -299,6 +306,7 @@ async def running_server(
             sessions.attend(),
             purge_expired_files(resources, clock, settings.sweep_seconds),
             collect_snapshots(store, books, telemetry.metrics, settings.snapshot_collect_seconds),
+            versions.keep(settings.sweep_seconds),
         ):
             stack.callback(tasks.spawn(endless).cancel)  # before the tasks are waited for: they never end by themselves
         authenticator = Authenticator(
@@ -339,6 +347,7 @@ async def running_server(
                 lease_seconds=settings.work_lease_seconds,
                 new_id=ids.new,
             ),
+            versions=versions,
             authenticate=authenticate,
             tenants=tenants,
             resources=resources,
@@ -448,10 +457,18 @@ async def _running_broker(
         telemetry.gate(tenants.admission.gate),
         telemetry.sink(tenants.ledger, tenants.prices),
         observer=telemetry.calls,
+        caching=tenants.caches.of_broker(),
     )
     await broker.start()
     stack.push_async_callback(broker.close)
-    direct = Direct(connect_seconds=settings.upstream_connect_seconds, read_seconds=settings.upstream_read_seconds)
+    direct = Direct(
+        connect_seconds=settings.upstream_connect_seconds,
+        read_seconds=settings.upstream_read_seconds,
+        caching=tenants.caches.of_broker(),
+        hedge_seconds=settings.upstream_hedge_seconds,
+        clock=clock,
+        on_hedge=telemetry.metrics.upstream_hedges.inc,
+    )
     await direct.start()
     stack.push_async_callback(direct.close)
     return broker, direct
@@ -482,6 +499,7 @@ def _broker_settings(settings: Settings) -> BrokerSettings:
         read_seconds=settings.upstream_read_seconds,
         retry_attempts=settings.upstream_attempts,
         retry_budget_ratio=settings.upstream_retry_share,
+        hedge_seconds=settings.upstream_hedge_seconds,
         breaker_failures=settings.breaker_failures,
         breaker_seconds=settings.breaker_seconds,
         max_body_bytes=settings.max_body_bytes + 2 * 2**20,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from claude_wrapper.broker.keeping import Caching
 from claude_wrapper.clock import Clock
 from claude_wrapper.config import Settings
 from claude_wrapper.storage.cache import Bounds, Cache, CacheStore, MemoryStore, Outcome
@@ -29,6 +30,7 @@ class Caches:
         """`holder` names this replica. Raises nothing: a store that cannot be reached is found out at the first use."""
         self._metrics: Metrics | None = None
         self._clock, self._keys, self._holder = clock, keys, holder
+        self._count_seconds, self._models_seconds = settings.cache_count_seconds, settings.cache_models_seconds
         self._made: dict[str, SealedCache] = {}
         self._store: CacheStore | None = None
         self._shared = bool(settings.redis_url)
@@ -51,6 +53,13 @@ class Caches:
             )
             self._made[name] = SealedCache(cache, self._keys)
         return self._made[name]
+
+    def of_broker(self) -> Caching | None:
+        """What the broker keeps; None when caching is off."""
+        answers, counts, models = self.named(UPSTREAM), self.named(TOKEN_COUNT), self.named(MODELS)
+        if answers is None or counts is None or models is None:
+            return None
+        return Caching(answers, counts, models, self._count_seconds, self._models_seconds)
 
     def follow(self, metrics: Metrics) -> None:
         """Count look-ups; show the size of a store in this process (Redis shows its own)."""

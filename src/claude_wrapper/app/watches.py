@@ -273,6 +273,9 @@ class Calls(Observer):
 
     def finished(self, call: UpstreamCall) -> None:
         metrics, model = self._metrics, self._models.label(call.model)
+        if call.cache_hit:
+            log.info("upstream.from_cache", org=call.org, session=call.session, turn=call.turn, call=call.id)
+            return
         answered = call.first_byte_seconds is not None or call.upstream_request_id is not None
         status = str(call.status) if answered or call.status in (499, 503) else "0"
         metrics.upstream_calls.inc(model=model, status=status)
@@ -336,6 +339,9 @@ class Calls(Observer):
             instead=instead,
         )
 
+    def hedged(self, binding: Binding) -> None:
+        self._metrics.upstream_hedges.inc()
+
     def retries_spent(self, binding: Binding, status: int) -> None:
         self._metrics.retries_refused.inc()
         log.warning("upstream.no_retries_left", org=binding.org, session=binding.session, status=status)
@@ -378,10 +384,19 @@ class CountedSink(CallSink):
         for kind, count in tokens(call.usage):
             if count:
                 self._metrics.tokens.inc(count, model=model, kind=kind, org=call.org)
+        if call.cache_hit:
+            await self._saved(call)
         micros = await self._prices.micros(call.org, call.model, call.usage, call.started_at)
         if micros:
             self._metrics.cost.inc(micros / _DOLLAR, model=model, org=call.org)
         await self._ledger.record(call)
+
+    async def _saved(self, call: UpstreamCall) -> None:
+        kind = "token_count" if call.path.endswith("/count_tokens") else "upstream"
+        if count := call.saved.prompt_tokens + call.saved.output_tokens:
+            self._metrics.cache_saved_tokens.inc(count, cache=kind, org=call.org)
+            micros = await self._prices.micros(call.org, call.model, call.saved, call.started_at)
+            self._metrics.cache_saved_cost.inc(micros / _DOLLAR, cache=kind, org=call.org)
 
 
 def tokens(usage: Usage) -> tuple[tuple[str, int], ...]:

@@ -15,6 +15,7 @@ from claude_wrapper.broker.egress import Egress, EgressSettings
 from claude_wrapper.broker.endpoint import Endpoint
 from claude_wrapper.broker.hosts import Resolver
 from claude_wrapper.broker.http1 import Connection, Handler, Head
+from claude_wrapper.broker.keeping import Caching
 from claude_wrapper.broker.lines import Lines
 from claude_wrapper.broker.mcp import McpClient, McpServer
 from claude_wrapper.broker.means import LooseEnds, Means
@@ -47,6 +48,7 @@ class Broker:
         observer: Observer | None = None,
         rng: random.Random | None = None,
         resolver: Resolver | None = None,
+        caching: Caching | None = None,
     ) -> None:
         """`rng` spreads retries and decides nothing else; `resolver` is for egress and MCP."""
         observer = observer or Observer()
@@ -62,6 +64,7 @@ class Broker:
             lines=Lines(settings, clock, observer),
             loose_ends=LooseEnds(),
             rng=rng or random.Random(),  # noqa: S311 (jitter, not a secret)
+            caching=caching,
         )
         self._endpoints: dict[str, Endpoint] = {}
         self._servers: dict[str, asyncio.Server] = {}

@@ -39,8 +39,29 @@ class Credential:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Further headers for this upstream; they replace those of the process."""
     provider: str = "anthropic"
+    cache: CacheTerms | None = None
+    """What the organisation lets be answered from the cache; None: no answer of a model."""
     standby: Standby | None = field(default=None, repr=False)
     """What the organisation lets stand in for it; None: nothing."""
+
+
+class CacheUse(enum.StrEnum):
+    """What a request wants of the cache."""
+
+    USE = "use"
+    """An answer that was given before will do, and this one may be kept."""
+    REFRESH = "refresh"
+    """Ask, and keep what is answered."""
+    BYPASS = "bypass"
+    """Ask, and keep nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheTerms:
+    """Which answers may be kept (`keeping.Ways`), and for how many seconds."""
+
+    answers: str
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +103,8 @@ class TurnContext:
     """Fields merged into the main request's body (`max_tokens`, `temperature`, …); None removes a field."""
     trace: Mapping[str, str] = field(default_factory=dict)
     """Trace headers (`traceparent`, `tracestate`) for the upstream request."""
+    cache: CacheUse | None = None
+    """What the caller wants of the cache for the turn's own requests; None: what the organisation's policy says."""
     notes: dict[str, str] = field(default_factory=dict, compare=False)
     """Written by the broker, told to the caller as response headers: what was not done as it was asked."""
     placeholder: bool = False
@@ -121,6 +144,9 @@ class UpstreamCall:
     asked_model: str | None = None
     """The model that the caller named, where another one answered; `model` is who answered."""
     cache_hit: bool = False
+    """It was answered from the cache: nothing was sent, nothing was used."""
+    saved: Usage = field(default_factory=Usage)
+    """What the kept answer had used: what a hit saved."""
     retry_after: float | None = None
     """Seconds that the upstream, the gate or the breaker asked to wait."""
     stop_reason: str | None = None
@@ -171,6 +197,9 @@ class Observer:
 
     def fell_back(self, binding: Binding, kind: str, status: int, asked: str, instead: str) -> None:
         """`asked` (a model or the id of a credential, by `kind`) failed with `status`; `instead` is asked now."""
+
+    def hedged(self, binding: Binding) -> None:
+        """A slow read was asked a second time."""
 
     def retries_spent(self, binding: Binding, status: int) -> None:
         """An attempt that failed with `status` was not repeated: the credential or the upstream has no retries left."""

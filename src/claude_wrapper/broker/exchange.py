@@ -12,18 +12,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from claude_wrapper import errors, ids
-from claude_wrapper.broker import bodies, fallback, inject, retry
+from claude_wrapper.broker import bodies, fallback, inject, keeping, retry
 from claude_wrapper.broker.attempt import Opened, Rejected, attempt, request_id
 from claude_wrapper.broker.breaker import Verdict, verdict
 from claude_wrapper.broker.calls import DONE_BY_CLIENT, STREAM_CUT, Binding, Reservation, TurnContext, UpstreamCall
 from claude_wrapper.broker.fallback import Candidate, Fault
+from claude_wrapper.broker.hedge import first_of
 from claude_wrapper.broker.http1 import Reply
 from claude_wrapper.broker.inject import Headers
+from claude_wrapper.broker.keeping import Keeping, Kept, Tape
+from claude_wrapper.broker.lines import Line
 from claude_wrapper.broker.means import Means
 from claude_wrapper.broker.meter import Meter
 from claude_wrapper.broker.policy import Kind, Route
 from claude_wrapper.broker.refusals import INTERNAL, Refusal, Refused, refusal_of
 from claude_wrapper.broker.upstream import Ask, UpstreamFailure
+from claude_wrapper.storage.cache import Computed
 from claude_wrapper.wire.usage import Usage
 
 
@@ -75,6 +79,9 @@ class Exchange:
         self._retry_after: float | None = None
         self._attempts = 0
         self._complete = False
+        self._tape: Tape | None = None
+        self._content_type = ""
+        self._saved: Meter | None = None
         self.call: UpstreamCall | None = None
         """What came of it; None while it is under way. `wait` says when it is also settled and recorded."""
 
@@ -105,8 +112,9 @@ class Exchange:
         """Make the call and stream its answer. Raises `Refused` if nothing was sent to the process."""
         self._task = asyncio.current_task()
         try:
-            self._reservation = await self._reserve(self._order.model)
-            await self._converse(reply)
+            place = self._place()
+            if place is None or not await self._from_cache(place, reply):
+                await self._fresh(reply)
         except Refused as refused:
             self._refused(refused.refusal)
             raise
@@ -119,6 +127,75 @@ class Exchange:
             self._ended(self, self.call)
             self._order = replace(self._order, body=None, headers=[])  # the turn keeps us, not what was sent
             self._means.loose_ends.start(self._finish(self.call, self._reservation))
+
+    async def _fresh(self, reply: Reply) -> None:
+        self._reservation = await self._reserve(self._order.model)
+        await self._converse(reply)
+
+    # The cache -----------------------------------------------------------------------------------------------------
+
+    def _place(self) -> Keeping | None:
+        caching, order = self._means.caching, self._order
+        if caching is None:
+            return None
+        use = order.turn.cache if order.turn is not None else None
+        credential = order.binding.credential
+        return caching.of(order.route, credential, order.headers, order.body, use=use, main=order.main)
+
+    async def _from_cache(self, place: Keeping, reply: Reply) -> bool:
+        """Answer with what was answered before, or ask and keep the answer; False: nothing has been answered.
+
+        Of several who ask the same at once one asks, and the others get its answer when it is whole.
+        """
+        asked = False
+
+        async def ask() -> Computed:
+            nonlocal asked
+            asked = True
+            self._note("cw-cache", "miss")
+            self._tape = Tape(self._means.settings.max_kept_bytes)
+            await self._fresh(reply)
+            if not self._worth_keeping() or self._tape.pieces is None:
+                raise _NotKept
+            kept = Kept(self._content_type, b"".join(self._tape.pieces))
+            return Computed(keeping.pack(kept))
+
+        try:
+            found = await place.cache.get_or_compute(
+                self._order.binding.org, place.key, place.seconds, ask, refresh=place.refresh
+            )
+        except _NotKept:
+            return asked  # ours was answered; another's answer that cannot be shared leaves us to ask
+        except Exception:
+            if asked:
+                raise
+            return False
+        return True if asked else self._replay(found.value, reply)
+
+    def _replay(self, value: bytes, reply: Reply) -> bool:
+        """Give a kept answer; False: it cannot be read."""
+        kept, means = keeping.unpack(value), self._means
+        if kept is None:
+            return False
+        body = kept.as_message(means.ids.new(ids.MESSAGE))
+        streamed = kept.content_type.startswith("text/event-stream")
+        self._saved = Meter(streamed=streamed, max_json_bytes=means.settings.max_body_bytes)
+        self._saved.feed(body)
+        self._saved.end()
+        self._status, self._error, self._complete = 200, None, True
+        self._note("cw-cache", "hit")
+        reply.whole(200, [("content-type", kept.content_type), ("cw-cache", "hit")], body)
+        self._note_first_byte()
+        return True
+
+    def _worth_keeping(self) -> bool:
+        """Only whole answers of the model that was asked for, which did not end in the middle of something."""
+        return self._complete and self._status == 200 and self._asked.model == self._order.model
+
+    def _note(self, name: str, value: str) -> None:
+        """Tell the caller of the turn's own request."""
+        if self._order.turn is not None and self._order.main:
+            self._order.turn.notes[name] = value
 
     # The gate ------------------------------------------------------------------------------------------------------
 
@@ -187,7 +264,7 @@ class Exchange:
             self._attempts += 1
             said = Verdict.NONE
             try:
-                outcome = await attempt(means.upstream, ask, means.settings, means.clock)
+                outcome = await self._attempted(ask, line)
                 said = self._verdict(outcome)
             finally:
                 line.report(permit, said)
@@ -203,6 +280,32 @@ class Exchange:
             means.observer.retrying(order.binding, self._attempts, outcome.failure.status, pause)
             await means.clock.sleep(pause)
         return last or Shut(line.retry_after())
+
+    async def _attempted(self, ask: Ask, line: Line) -> Opened | Rejected:
+        """One attempt; for reads where the operator wants it, a second one when the first is slow."""
+        means = self._means
+
+        async def once() -> Opened | Rejected:
+            return await attempt(means.upstream, ask, means.settings, means.clock)
+
+        if not means.settings.hedge_seconds or self._order.route.kind not in (Kind.COUNT_TOKENS, Kind.MODELS):
+            return await once()
+
+        def allowed() -> bool:
+            if not line.spend_retry():
+                return False
+            self._attempts += 1
+            means.observer.hedged(self._order.binding)
+            return True
+
+        return await first_of(
+            once,
+            after=means.settings.hedge_seconds,
+            clock=means.clock,
+            good=lambda outcome: isinstance(outcome, Opened),
+            allowed=allowed,
+            discard=_closed,
+        )
 
     def _ask(self, asked: Candidate) -> Ask:
         order, credential = self._order, asked.credential
@@ -256,12 +359,10 @@ class Exchange:
 
     def _note_fallback(self) -> None:
         order, asked = self._order, self._asked
-        if order.turn is None or not order.main:
-            return
         if asked.model != order.model:
-            order.turn.notes["cw-fallback-model"] = asked.model
+            self._note("cw-fallback-model", asked.model)
         if asked.credential.id != order.binding.credential.id:
-            order.turn.notes["cw-fallback-credential"] = asked.credential.id
+            self._note("cw-fallback-credential", asked.credential.id)
 
     @staticmethod
     def _verdict(outcome: Opened | Rejected) -> Verdict:
@@ -298,6 +399,7 @@ class Exchange:
         answer, meter = opened.answer, self._meter
         self._status = answer.status
         self._request_id = request_id(answer)
+        self._content_type = answer.headers.get("content-type", "application/json")
         if not answer.is_stream:
             meter = self._meter = Meter(streamed=False, max_json_bytes=self._means.settings.max_body_bytes)
         length = answer.headers.get("content-length")
@@ -312,6 +414,8 @@ class Exchange:
             while chunk:
                 reply.feed(chunk)
                 meter.feed(chunk)
+                if self._tape is not None:
+                    self._tape.feed(chunk)
                 if reply.congested:
                     await reply.drain()
                 chunk = await answer.read()
@@ -349,7 +453,7 @@ class Exchange:
         try:
             if reservation is not None:
                 await self._bounded("settle", reservation.settle(call) if call.attempts else reservation.cancel())
-            if call.attempts:
+            if call.attempts or call.cache_hit:
                 await self._bounded("record", means.sink.record(call))
             means.observer.finished(call)
         finally:
@@ -393,7 +497,9 @@ class Exchange:
             stream_complete=self._complete,
             main=order.main,
             retry_after=self._retry_after,
-            stop_reason=meter.stop_reason,
+            stop_reason=(self._saved or meter).stop_reason,
+            cache_hit=self._saved is not None,
+            saved=self._saved.usage if self._saved is not None else Usage(),
         )
         for secret in filter(None, self._secrets):
             if call.error_message and secret in call.error_message:
@@ -401,11 +507,20 @@ class Exchange:
         return call
 
 
+class _NotKept(Exception):
+    """The answer was given and is not to be kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shut:
     """The breaker let nothing through."""
 
     retry_after: float
+
+
+def _closed(outcome: Opened | Rejected) -> None:
+    if isinstance(outcome, Opened):
+        outcome.answer.close()
 
 
 def _fault(failed: Rejected | Shut) -> Fault:

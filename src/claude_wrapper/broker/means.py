@@ -8,6 +8,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 
 from claude_wrapper.broker.calls import CallSink, Gate, Observer
+from claude_wrapper.broker.keeping import Caching
 from claude_wrapper.broker.lines import Lines
 from claude_wrapper.broker.mcp import McpClient
 from claude_wrapper.broker.settings import BrokerSettings
@@ -55,3 +56,5 @@ class Means:
     loose_ends: LooseEnds
     rng: random.Random
     """For jitter only."""
+    caching: Caching | None = None
+    """None: every request is asked."""

@@ -35,6 +35,8 @@ class BrokerSettings:
     """Request bodies held in memory per endpoint."""
     write_buffer_bytes: int = 256 * 1024
     """Answer bytes held for a process that does not read; above this the upstream is paused."""
+    max_kept_bytes: int = 2 * 1024 * 1024
+    """Largest answer that is kept in memory on its way so that it can be cached."""
     max_error_bytes: int = 256 * 1024
     """How much of an upstream error body is read."""
 
@@ -52,6 +54,9 @@ class BrokerSettings:
     """Retries that a credential always has before the ratio bites."""
     upstream_retry_reserve: float = 50.0
     """The same for all credentials of one upstream together, whose retries are the same share of their calls."""
+
+    hedge_seconds: float = 0.0
+    """Token counts and model lists that take longer are asked a second time, and the faster answer counts; 0: never."""
 
     breaker_failures: int = 5
     """Consecutive failures after which the breaker opens."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic
 
 from claude_wrapper.clock import Clock
@@ -105,6 +105,17 @@ class Pool(Generic[P]):
         self._stop_failures = 0
 
     # For callers -------------------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> PoolSettings:
+        """The present ones."""
+        return self._settings
+
+    def keep_spares(self, spares: Mapping[Any, int]) -> None:
+        """Keep so many spares per profile from now on; what is too many goes when it was idle for long enough."""
+        self._settings = self._state.settings = replace(self._settings, spares=spares)
+        if self._state.started:
+            self._apply(m.Ticked())
 
     async def start(self) -> None:
         """Begin to start spares. Returns at once; spares become ready one after the other."""

@@ -25,6 +25,7 @@ from claude_wrapper.errors import (
     Draining,
     InvalidRequest,
     RateLimited,
+    SpawnFailed,
     TurnInterrupted,
     UpstreamError,
     WrapperError,
@@ -33,6 +34,7 @@ from claude_wrapper.ids import MESSAGE, TURN
 from claude_wrapper.pool.pool import Claim
 from claude_wrapper.pool.requests import ClaimRequest, Keep, Kind
 from claude_wrapper.sessions.bridge import SANDBOX_SERVER, Bridge, Trouble
+from claude_wrapper.sessions.canary import MAIN
 from claude_wrapper.sessions.concluding import failure, retell, undo
 from claude_wrapper.sessions.leg import Item, Leg, Started
 from claude_wrapper.sessions.permissions import Permissions
@@ -83,12 +85,16 @@ class Conversation:
         self.turns = 0
         self.process: SlotProcess | None = None
         """The process that holds this conversation, while one does."""
+        self.cli: str | None = None
+        """Which CLI holds or held it (a launch profile's `cli`); None: none was chosen yet."""
         self.ended = False
         self.journal: Journal | None = None
         """Who writes down what happens here."""
         self.content: Content | None = None
         """Who brings the session's files, memory and skills into its process's workspace."""
         self._end = TurnEnd()
+        self._began = rooms.clock.monotonic()
+        """When the last turn got its process."""
         self._rooms = rooms
         self._on_settled = on_settled
         self._order = asyncio.Lock()
@@ -225,6 +231,8 @@ class Conversation:
             for one in (last, leg):
                 one.finish(error)
             watch.ended(last)
+            if self._rooms.versions is not None and self.cli is not None:
+                self._rooms.versions.ended(self.cli, last.error, self._rooms.clock.monotonic() - self._began)
             if not settled and not self._queued:
                 self._on_settled(self)
 
@@ -266,6 +274,7 @@ class Conversation:
 
     async def _attempt(self, turn_input: TurnInput, leg: Leg) -> bool:
         claim = await self._claim(turn_input)
+        self._began = self._rooms.clock.monotonic()
         keep = Keep.DISCARD
         try:
             process = claim.process
@@ -318,13 +327,37 @@ class Conversation:
             await self._rooms.pool.end_session(self.session)  # set up otherwise: another process takes over
         if self.process is None:
             await self._rooms.keeper.fetch(self, turn_input)
+        versions = self._rooms.versions
+        if versions is None or (self.process is not None and self.process.alive):
+            return await self._claim_of(turn_input)
+        self._move_to(await versions.of(self.session, self.owner, before=self.cli))
+        try:
+            return await self._claim_of(turn_input)
+        except SpawnFailed as failed:
+            # Nothing was said yet: a new version that does not start costs its conversations time, not an answer.
+            cli = self.cli or MAIN
+            other = await versions.of(self.session, self.owner, before=MAIN)
+            if other == cli:
+                raise
+            versions.ended(cli, failed, 0.0)
+            self._move_to(other)
+            return await self._claim_of(turn_input)
+
+    def _move_to(self, cli: str) -> None:
+        """Another version does not read the old one's transcript: it gets the files, and is told the history."""
+        if self.resume is not None and self.cli is not None and cli != self.cli:
+            self.resume = replace(self.resume, uuid="")
+        self.cli = cli
+
+    async def _claim_of(self, turn_input: TurnInput) -> Claim[SlotProcess]:
+        profile = turn_input.spec.profile
         return await self._rooms.pool.claim(
             ClaimRequest(
                 claim=self._rooms.ids.new("claim"),
                 session=self.session,
                 org=self.owner.org,
                 principal=self.owner.principal,
-                profile=turn_input.spec.profile,
+                profile=replace(profile, cli=self.cli) if self.cli else profile,
                 reuse_idle=turn_input.reuse_idle,
                 resume=replace(self.resume, uuid="") if self.resume and turn_input.replay is not None else self.resume,
             )

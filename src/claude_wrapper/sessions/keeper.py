@@ -17,6 +17,8 @@ class Keepable(Protocol):
     process: SlotProcess | None
     resume: Resume | None
     ended: bool
+    cli: str | None
+    """Which of the server's CLIs holds or held it; none or empty: the main one."""
 
     @property
     def busy(self) -> bool: ...

@@ -305,6 +305,11 @@ class SnapshotKeeper(Keeper):
             for one in waiting:
                 one.cancel()
 
+    async def _version_of(self, conversation: Keepable) -> str:
+        """Whose transcript it is. A canary's is only files and history for every other process, and for a later canary."""
+        version = await asyncio.to_thread(self._cli_version)
+        return f"{version} canary" if conversation.cli else version
+
     async def _save(self, keeping: _Keeping) -> None:
         conversation, clock = keeping.conversation, self._books.clock
         began = clock.monotonic()
@@ -319,7 +324,7 @@ class SnapshotKeeper(Keeper):
                 home,
                 work,
                 cli_uuid=keeping.uuid,
-                cli_version=await asyncio.to_thread(self._cli_version),
+                cli_version=await self._version_of(conversation),
                 position=position,
                 guard=self._guard(keeping, home),
             )

@@ -34,6 +34,7 @@ from claude_wrapper.sandbox.files import empty_tree, remove_tree
 from claude_wrapper.sandbox.port import SOCKET_NAME, Containment, Level, Limits, Sandbox, SlotDirs
 from claude_wrapper.sandbox.staging import reachable_cli
 from claude_wrapper.sandbox.uids import UidAllocator
+from claude_wrapper.sessions.canary import CANARY
 from claude_wrapper.sessions.clitranscripts import put_transcript
 from claude_wrapper.sessions.content import places
 from claude_wrapper.sessions.content.beside import Ran, run_beside
@@ -240,6 +241,7 @@ class ProcessFactory:
         self,
         *,
         cli: Path,
+        canary: Path | None = None,
         slots_dir: Path,
         sandbox: Sandbox,
         limits: Limits,
@@ -254,7 +256,7 @@ class ProcessFactory:
         limits_by_level: Mapping[str, Limits] | None = None,
     ) -> None:
         """`limits` are the server's own, `limits_by_level` those of profiles that name a security level."""
-        self.cli = cli
+        self.cli, self._canary = cli, canary
         self._slots_dir = slots_dir
         self._sandbox = sandbox
         self._limits = limits
@@ -295,7 +297,7 @@ class ProcessFactory:
                 await resume.ready.wait()
             cleanup.push_async_callback(asyncio.to_thread, _give_back, dirs, resume.kept)
             await asyncio.to_thread(_adopt, resume.kept, dirs, uid)
-        cli = await asyncio.to_thread(reachable_cli, self.cli, self._slots_dir.parent / "cli", uid)
+        cli = await self._reachable_cli(profile, uid)
         layout = self._sandbox.layout(dirs, cli)
         if resume is not None and resume.uuid:
             there = transcript_path(dirs.home, layout.work, resume.uuid)
@@ -366,6 +368,13 @@ class ProcessFactory:
         if workdir is not None:
             process.workdir = replace(workdir, run=process.run_beside)
         return process
+
+    async def _reachable_cli(self, profile: LaunchProfile, uid: int | None) -> Path:
+        """The profile's CLI, where this uid can reach it. Two CLIs may have the same file name."""
+        cli, staged = self.cli, self._slots_dir.parent / "cli"
+        if profile.cli == CANARY and self._canary is not None:
+            cli, staged = self._canary, staged / CANARY
+        return await asyncio.to_thread(reachable_cli, cli, staged, uid)
 
     async def _open_network(self, uid: int | None, name: str, pid: int) -> Egress | None:
         """A proxy on the loopback of the process's own network."""

@@ -14,6 +14,7 @@ from claude_wrapper.pool.pool import Pool
 from claude_wrapper.sessions.bridge import RemoteConnector
 from claude_wrapper.sessions.keeper import Keeper
 from claude_wrapper.sessions.process import SlotProcess
+from claude_wrapper.sessions.versions import Versions
 from claude_wrapper.sessions.watch import Watch
 
 
@@ -34,3 +35,5 @@ class Rooms:
     """How long a turn waits for the results of the caller's own tools."""
     watch: Watch = field(default_factory=Watch)
     keeper: Keeper = field(default_factory=Keeper)
+    versions: Versions | None = None
+    """Which version of the CLI a conversation gets; None: there is one."""

@@ -87,6 +87,7 @@ def context_of(turn: str, turn_input: TurnInput, leg: Leg) -> TurnContext:
         model=turn_input.model,
         system=turn_input.system,
         overrides=turn_input.overrides,
+        cache=turn_input.cache,
         notes=leg.notes,
-        placeholder=turn_input.spec.profile == CHAT,
+        placeholder=turn_input.spec.profile == CHAT,  # the version of the CLI is chosen later, and changes nothing here
     )

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import msgspec
 
 from claude_wrapper.agent.launch import LaunchProfile
-from claude_wrapper.broker.calls import Credential, UpstreamCall
+from claude_wrapper.broker.calls import CacheUse, Credential, UpstreamCall
 from claude_wrapper.broker.hosts import HostRule
 from claude_wrapper.errors import WrapperError
 from claude_wrapper.sessions.content.places import WorkDir
@@ -115,6 +115,8 @@ class TurnInput:
     """System blocks for a primed process: the broker puts them into each request of the turn."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the turn's main request that the CLI cannot express."""
+    cache: CacheUse | None = None
+    """What the caller wants of the cache; None: what the organisation's policy says."""
     max_thinking_tokens: int | None = None
     on_disconnect: OnDisconnect = OnDisconnect.INTERRUPT
     turn_seconds: float = 600.0

@@ -85,6 +85,8 @@ MCP_OUTCOMES: Final = (
 SHED_REASONS: Final = ("memory", "pressure", "lag", "draining")
 AUTH_FAILURES: Final = ("missing", "malformed", "unknown", "expired", "revoked", "scope", "login")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
+CLI_VERSIONS: Final = ("main", "canary")
+CANARY_STATES: Final = ("running", "rolled_back", "promoted")
 OPEN_LABELS: Final = frozenset({"route", "model", "profile", "version"})
 """Labels whose values the composition root lists: the documentation names their source instead."""
 HEALTH_CHECKS: Final = ("pool", "processes", "memory", "disk", "database", "redis", "blobs", "upstream", "loop")
@@ -220,6 +222,15 @@ class Metrics:
             _TURN_SECONDS,
             outcome=TURN_OUTCOMES,
         )
+        self.cli_turns = make.counter(
+            "cli_turns_total",
+            "Turns by version of the CLI while a canary is tried; errors are those that the CLI is to blame for.",
+            version=CLI_VERSIONS,
+            outcome=OUTCOMES,
+        )
+        self.cli_canary = make.gauge(
+            "cli_canary", "1 for the state of the new version of the CLI, if there is one.", state=CANARY_STATES
+        )
         self.turn_events = make.histogram("turn_events", "Events that one turn produced.", _EVENTS)
         self.sessions = make.gauge("sessions", "Conversations that this replica holds.", state=SESSION_STATES)
 
@@ -253,6 +264,9 @@ class Metrics:
         self.retries_refused = make.counter(
             "upstream_retries_refused_total",
             "Attempts that were not repeated because the credential's or the upstream's retry budget was spent.",
+        )
+        self.upstream_hedges = make.counter(
+            "upstream_hedges_total", "Slow reads (token counts, model lists) that were asked a second time."
         )
         self.upstream_fallbacks = make.counter(
             "upstream_fallbacks_total",

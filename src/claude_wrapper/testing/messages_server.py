@@ -105,6 +105,8 @@ class ScriptedUpstream:
         """Sum over all answers that were sent to their end."""
         self.api_keys = api_keys
         self.models = tuple(models)
+        self.slow_reads = 0.0
+        """Seconds before a token count is answered."""
         self.fail_models: dict[str, int] = {}
         """Models whose Messages requests are refused with this status until it is taken out again."""
         self._sleep: Sleep = sleep or SystemClock().sleep
@@ -288,6 +290,8 @@ class ScriptedUpstream:
     async def _count_tokens(self, http: web.Request) -> web.Response:
         record = self._record(http)
         try:
+            if self.slow_reads:
+                await self._sleep(self.slow_reads)
             raw = await self._read(http, record)
             self._check_messages(record.body, needs_max_tokens=False)
             return self._json(record, {"input_tokens": answers.prompt_usage(record.body, raw).prompt_tokens})

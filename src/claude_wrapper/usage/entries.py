@@ -63,6 +63,8 @@ class Call(Protocol):
     def main(self) -> bool: ...
     @property
     def cache_hit(self) -> bool: ...
+    @property
+    def saved(self) -> Usage: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,16 @@ Row = Mapping[str, Any]
 """A row of `usage_calls`: JSON values only, so that it can be spilled to a file and come back the same."""
 
 
+LATER_COLUMNS: Row = {"saved_tokens": 0, "saved_micros": 0}
+"""Columns that rows which an older server spilled do not have."""
+
+
 def milliseconds(moment: datetime) -> int:
     """Whole milliseconds since 1970, rounded down."""
     return (moment - EPOCH) // _MILLISECOND
 
 
-def row_of(call: Call, priced: Priced) -> dict[str, Any]:
+def row_of(call: Call, priced: Priced, saved_micros: int = 0) -> dict[str, Any]:
     """The ledger's row of a call. Pure; every value is an int, a bool, a text or None."""
     usage = call.usage
     return {
@@ -115,6 +121,8 @@ def row_of(call: Call, priced: Priced) -> dict[str, Any]:
         "web_search_requests": min(usage.web_search_requests, _MOST),
         "web_fetch_requests": min(usage.web_fetch_requests, _MOST),
         "cost_micros": min(priced.micros, _MOST),
+        "saved_tokens": min(call.saved.prompt_tokens + call.saved.output_tokens, _MOST),
+        "saved_micros": min(saved_micros, _MOST),
         "price_version": priced.version[:64],
     }
 

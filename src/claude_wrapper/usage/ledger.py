@@ -24,7 +24,7 @@ from claude_wrapper.errors import StorageUnavailable
 from claude_wrapper.storage import Database, dialects
 from claude_wrapper.storage.tables.usage import usage_calls
 from claude_wrapper.usage import rollups
-from claude_wrapper.usage.entries import Call, Row, row_of
+from claude_wrapper.usage.entries import LATER_COLUMNS, Call, Row, row_of
 from claude_wrapper.usage.prices import PriceBook
 from claude_wrapper.usage.spill import Spill
 
@@ -100,7 +100,10 @@ class Ledger:
         Raises StorageUnavailable if neither the database nor the disk took it (it is kept in memory and tried again).
         """
         priced = await self._prices.priced(call.org or "", call.model or "", call.usage, call.started_at)
-        waiting = _Waiting(row_of(call, priced))
+        saved = 0
+        if call.cache_hit:
+            saved = await self._prices.micros(call.org or "", call.model or "", call.saved, call.started_at)
+        waiting = _Waiting(row_of(call, priced, saved))
         self._queue.append(waiting)
         self._ensure_writer()
         await asyncio.shield(waiting.done)
@@ -232,7 +235,9 @@ async def insert(tx: AsyncConnection, rows: Sequence[Row]) -> int:
     ordered = sorted(
         rows, key=lambda row: row["id"]
     )  # two writers of the same rows must not wait for each other crosswise
-    inserted = set((await tx.execute(_insertion(tx.dialect.name), [dict(row) for row in ordered])).scalars())
+    inserted = set(
+        (await tx.execute(_insertion(tx.dialect.name), [{**LATER_COLUMNS, **row} for row in ordered])).scalars()
+    )
     fresh = {row["id"]: row for row in reversed(ordered) if row["id"] in inserted}  # of equal ids the first was kept
     await rollups.add(tx, fresh.values())
     return len(fresh)

@@ -7,6 +7,7 @@ from starlette.routing import Route
 from claude_wrapper.api.admin import (
     apikeys,
     budgets,
+    canary,
     credentials,
     environmentkeys,
     limits,
@@ -28,6 +29,7 @@ TABLE: tuple[AdminRoute, ...] = (
     *limits.ROUTES,
     *budgets.ROUTES,
     *policies.ROUTES,
+    *canary.ROUTES,
     *reports.ROUTES,
     *organizations.BY_ID,
 )

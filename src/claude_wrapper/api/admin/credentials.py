@@ -12,6 +12,7 @@ from claude_wrapper.api.admin import views
 from claude_wrapper.api.admin.apikeys import Moment
 from claude_wrapper.api.admin.http import AdminRoute, Asked, json, page
 from claude_wrapper.api.credentials import presented
+from claude_wrapper.broker.calls import CacheUse
 from claude_wrapper.errors import InvalidRequest
 from claude_wrapper.vault import credentials as vault
 from claude_wrapper.vault.kinds import CredentialKind
@@ -130,7 +131,7 @@ async def test_credential(asked: Asked) -> Response:
 
     async def call(one: Leased) -> ProbeAnswer:
         shown = presented(one)
-        answer = await asked.deps.direct.ask(shown, "GET", _PROBED)
+        answer = await asked.deps.direct.ask(shown, "GET", _PROBED, org=one.org, use=CacheUse.BYPASS)
         return ProbeAnswer(answer.status, _error_type(answer.body) if answer.status >= 400 else None)
 
     found = await probe(leased, call, asked.deps.clock)

@@ -59,6 +59,9 @@ usage_calls = sa.Table(
     sa.Column("main", sa.Boolean, nullable=False),
     sa.Column("cache_hit", sa.Boolean, nullable=False),
     *_counters(),
+    # What a call that was answered from the cache would have used and cost; its own counters are 0.
+    sa.Column("saved_tokens", sa.BigInteger, nullable=False, server_default=sa.text("0")),
+    sa.Column("saved_micros", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     sa.Column("price_version", sa.String(64), nullable=False),
     sa.Index("ix_usage_calls_org_id_started_ms", "org_id", "started_ms"),
     sa.Index("ix_usage_calls_session_id", "session_id", "started_ms"),
