@@ -10,8 +10,9 @@ from typing import Any
 
 from claude_wrapper import ids
 from claude_wrapper.broker import bodies, canned, inject, mcp, policy
+from claude_wrapper.broker.asking import Order
 from claude_wrapper.broker.calls import DONE_BY_CLIENT, Binding, TurnContext, UpstreamCall
-from claude_wrapper.broker.exchange import Exchange, Order
+from claude_wrapper.broker.exchange import Exchange
 from claude_wrapper.broker.http1 import Connection, Handler, Head, Reply
 from claude_wrapper.broker.mcp import McpAsk, McpServer
 from claude_wrapper.broker.means import Means

@@ -9,42 +9,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from claude_wrapper import errors, ids
-from claude_wrapper.broker import bodies, fallback, inject, keeping, retry
-from claude_wrapper.broker.attempt import Opened, Rejected, attempt, request_id
-from claude_wrapper.broker.breaker import Verdict, verdict
-from claude_wrapper.broker.calls import DONE_BY_CLIENT, STREAM_CUT, Binding, Reservation, TurnContext, UpstreamCall
-from claude_wrapper.broker.fallback import Candidate, Fault
-from claude_wrapper.broker.hedge import first_of
+from claude_wrapper import ids
+from claude_wrapper.broker import inject, keeping
+from claude_wrapper.broker.asking import Asking, Order
+from claude_wrapper.broker.attempt import Opened, Rejected, request_id
+from claude_wrapper.broker.calls import DONE_BY_CLIENT, STREAM_CUT, Reservation, UpstreamCall
 from claude_wrapper.broker.http1 import Reply
-from claude_wrapper.broker.inject import Headers
 from claude_wrapper.broker.keeping import Keeping, Kept, Tape
-from claude_wrapper.broker.lines import Line
 from claude_wrapper.broker.means import Means
 from claude_wrapper.broker.meter import Meter
-from claude_wrapper.broker.policy import Kind, Route
-from claude_wrapper.broker.refusals import INTERNAL, Refusal, Refused, refusal_of
-from claude_wrapper.broker.upstream import Ask, UpstreamFailure
+from claude_wrapper.broker.refusals import INTERNAL, Refusal, Refused
+from claude_wrapper.broker.upstream import UpstreamFailure
 from claude_wrapper.storage.cache import Computed
 from claude_wrapper.wire.usage import Usage
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What is asked, for whom."""
-
-    binding: Binding
-    turn: TurnContext | None
-    route: Route
-    method: str
-    model: str
-    estimate: Usage
-    main: bool
-    headers: Headers = field(repr=False)
-    """The process's own."""
-    body: bytes | None = field(repr=False)
 
 
 class Exchange:
@@ -68,16 +47,13 @@ class Exchange:
         self._meter = Meter(streamed=True, max_json_bytes=0)
         self._task: asyncio.Task[None] | None = None
         self._finished = asyncio.Event()
-        self._reservation: Reservation | None = None
-        self._asked = Candidate(order.model, order.binding.credential)
-        self._secrets = [order.binding.credential.secret]
+        self._asking = Asking(means, order, self._began)
         # What is known so far:
         self._status = DONE_BY_CLIENT
         self._error: tuple[str, str] | None = ("cancelled", "The call was cut before it was answered.")
         self._request_id: str | None = None
         self._first_byte: float | None = None
         self._retry_after: float | None = None
-        self._attempts = 0
         self._complete = False
         self._tape: Tape | None = None
         self._content_type = ""
@@ -126,10 +102,11 @@ class Exchange:
             self.call = self._summary()
             self._ended(self, self.call)
             self._order = replace(self._order, body=None, headers=[])  # the turn keeps us, not what was sent
-            self._means.loose_ends.start(self._finish(self.call, self._reservation))
+            self._asking.forget()
+            self._means.loose_ends.start(self._finish(self.call, self._asking.reservation))
 
     async def _fresh(self, reply: Reply) -> None:
-        self._reservation = await self._reserve(self._order.model)
+        await self._asking.begin()
         await self._converse(reply)
 
     # The cache -----------------------------------------------------------------------------------------------------
@@ -190,192 +167,32 @@ class Exchange:
 
     def _worth_keeping(self) -> bool:
         """Only whole answers of the model that was asked for, which did not end in the middle of something."""
-        return self._complete and self._status == 200 and self._asked.model == self._order.model
+        return self._complete and self._status == 200 and self._asking.asked.model == self._order.model
 
     def _note(self, name: str, value: str) -> None:
         """Tell the caller of the turn's own request."""
         if self._order.turn is not None and self._order.main:
             self._order.turn.notes[name] = value
 
-    # The gate ------------------------------------------------------------------------------------------------------
-
-    async def _reserve(self, model: str) -> Reservation | None:
-        """Ask the gate in a task of its own: a reservation that is made while we are cancelled must not get lost."""
-        order, means = self._order, self._means
-        if order.route.kind is Kind.MODELS:
-            return None
-        asking = asyncio.ensure_future(means.gate.reserve(order.binding, order.turn, model, order.estimate))
-        try:
-            return await asyncio.shield(asking)
-        except errors.WrapperError as error:
-            raise Refused(refusal_of(error)) from error
-        except asyncio.CancelledError:
-            means.loose_ends.start(self._give_back(asking))
-            raise
-
-    async def _give_back(self, asking: asyncio.Future[Reservation]) -> None:
-        try:
-            async with asyncio.timeout(self._means.settings.finish_seconds):
-                reservation = await asking
-                await reservation.cancel()
-        except errors.WrapperError:
-            return  # the gate refused: nothing is held
-        except Exception as error:  # noqa: BLE001 (clean-up tells and goes on)
-            self._means.observer.fault("give back a reservation", error)
-
     # The upstream --------------------------------------------------------------------------------------------------
 
     async def _converse(self, reply: Reply) -> None:
-        outcome = await self._attempt_until_answered()
+        outcome = await self._asking.answered()
         if isinstance(outcome, Rejected):
             self._reject(outcome, reply)
             return
+        self._note_fallback()
         try:
             await self._stream(outcome, reply)
         finally:
             outcome.answer.close()
 
-    async def _attempt_until_answered(self) -> Opened | Rejected:
-        first = outcome = await self._attempts_at(self._asked)
-        standby = self._order.binding.credential.standby
-        if standby is not None and not isinstance(outcome, Opened):
-            trail = [(self._asked, _fault(outcome))]
-            while (one := self._following(trail)) is not None and await self._turn_to(one, outcome):
-                outcome = await self._attempts_at(one)
-                if isinstance(outcome, Opened):
-                    self._note_fallback()
-                    return outcome
-                trail.append((one, _fault(outcome)))
-            self._asked = trail[0][0]  # it is the first one's failure that the caller hears of
-        if isinstance(first, Shut):
-            raise _shut(first)
-        return first
-
-    async def _attempts_at(self, asked: Candidate) -> Opened | Rejected | Shut:
-        """Ask one model under one credential until it answers or is given up."""
-        means, order = self._means, self._order
-        line = means.lines.of(asked.credential, "" if asked.model == order.model else asked.model)
-        ask = self._ask(asked)
-        line.called()
-        last: Rejected | None = None
-        attempts = 0
-        while (permit := line.ask()) is not None:
-            attempts += 1
-            self._attempts += 1
-            said = Verdict.NONE
-            try:
-                outcome = await self._attempted(ask, line)
-                said = self._verdict(outcome)
-            finally:
-                line.report(permit, said)
-            if isinstance(outcome, Opened):
-                return outcome
-            last = outcome
-            pause = self._pause(outcome, attempts)
-            if pause is None or self._better_elsewhere(asked, outcome):
-                return outcome
-            if not line.spend_retry():
-                means.observer.retries_spent(order.binding, outcome.failure.status)
-                return outcome
-            means.observer.retrying(order.binding, self._attempts, outcome.failure.status, pause)
-            await means.clock.sleep(pause)
-        return last or Shut(line.retry_after())
-
-    async def _attempted(self, ask: Ask, line: Line) -> Opened | Rejected:
-        """One attempt; for reads where the operator wants it, a second one when the first is slow."""
-        means = self._means
-
-        async def once() -> Opened | Rejected:
-            return await attempt(means.upstream, ask, means.settings, means.clock)
-
-        if not means.settings.hedge_seconds or self._order.route.kind not in (Kind.COUNT_TOKENS, Kind.MODELS):
-            return await once()
-
-        def allowed() -> bool:
-            if not line.spend_retry():
-                return False
-            self._attempts += 1
-            means.observer.hedged(self._order.binding)
-            return True
-
-        return await first_of(
-            once,
-            after=means.settings.hedge_seconds,
-            clock=means.clock,
-            good=lambda outcome: isinstance(outcome, Opened),
-            allowed=allowed,
-            discard=_closed,
-        )
-
-    def _ask(self, asked: Candidate) -> Ask:
-        order, credential = self._order, asked.credential
-        route, body = order.route, order.body
-        if body is not None and asked.model != order.model:
-            body = bodies.with_model(body, asked.model)
-        url = credential.base_url.rstrip("/") + route.path + (f"?{route.query}" if route.query else "")
-        trace = order.turn.trace if order.turn else None
-        return Ask(order.method, url, inject.upstream_headers(order.headers, credential, trace), body)
-
-    # Who stands in -------------------------------------------------------------------------------------------------
-
-    def _following(self, trail: fallback.Trail) -> Candidate | None:
-        order = self._order
-        standby = order.binding.credential.standby
-        if standby is None:
-            return None
-        return fallback.following(
-            trail,
-            standby,
-            allowed_models=order.binding.allowed_models,
-            other_models=order.route.kind is Kind.MESSAGES,
-        )
-
-    def _better_elsewhere(self, asked: Candidate, rejected: Rejected) -> bool:
-        """Another credential is asked at once: waiting would not make this one better."""
-        if self._order.binding.credential.standby is None or _fault(rejected) is not Fault.CREDENTIAL:
-            return False
-        one = self._following([(asked, Fault.CREDENTIAL)])
-        return one is not None and one.model == asked.model
-
-    async def _turn_to(self, one: Candidate, failed: Rejected | Shut) -> bool:
-        """Get ready to ask somebody else; False: the budget does not allow that model."""
-        before, means = self._asked, self._means
-        if one.model != before.model:
-            held, self._reservation = self._reservation, None
-            if held is not None:
-                means.loose_ends.start(self._bounded("give back a reservation", held.cancel()))
-            try:
-                self._reservation = await self._reserve(one.model)
-            except Refused:
-                return False
-        self._asked = one
-        self._secrets.append(one.credential.secret)
-        status = failed.failure.status if isinstance(failed, Rejected) else 503
-        if one.model != before.model:
-            means.observer.fell_back(self._order.binding, "model", status, before.model, one.model)
-        if one.credential.id != before.credential.id:
-            means.observer.fell_back(self._order.binding, "credential", status, before.credential.id, one.credential.id)
-        return True
-
     def _note_fallback(self) -> None:
-        order, asked = self._order, self._asked
+        order, asked = self._order, self._asking.asked
         if asked.model != order.model:
             self._note("cw-fallback-model", asked.model)
         if asked.credential.id != order.binding.credential.id:
             self._note("cw-fallback-credential", asked.credential.id)
-
-    @staticmethod
-    def _verdict(outcome: Opened | Rejected) -> Verdict:
-        if isinstance(outcome, Opened):
-            return Verdict.SUCCESS
-        return Verdict.NONE if outcome.dropped else verdict(outcome.failure.status)
-
-    def _pause(self, rejected: Rejected, attempts: int) -> float | None:
-        if rejected.dropped and attempts == 1:
-            return 0.0
-        means = self._means
-        elapsed = means.clock.monotonic() - self._began
-        return retry.delay(rejected.failure, attempts, elapsed, means.settings, means.rng)
 
     # The answer ----------------------------------------------------------------------------------------------------
 
@@ -386,12 +203,12 @@ class Exchange:
         self._retry_after = rejected.failure.retry_after
         headers = [
             pair
-            for pair in inject.downstream_headers(rejected.headers, self._secrets)
+            for pair in inject.downstream_headers(rejected.headers, self._asking.secrets)
             if pair[0].lower() not in {"content-type", "content-encoding", "x-should-retry"}
         ]
         headers += [("content-type", "application/json"), ("x-should-retry", "false")]
         body = rejected.body
-        for secret in filter(None, self._secrets):
+        for secret in filter(None, self._asking.secrets):
             body = body.replace(secret.encode(), b"[credential]")
         reply.whole(self._status, headers, body)
 
@@ -405,7 +222,7 @@ class Exchange:
         length = answer.headers.get("content-length")
         reply.start(
             answer.status,
-            inject.downstream_headers(answer.header_pairs(), self._secrets),
+            inject.downstream_headers(answer.header_pairs(), self._asking.secrets),
             length=int(length) if length is not None and length.isdigit() else None,
         )
         self._note_first_byte()
@@ -481,10 +298,10 @@ class Exchange:
             workspace=binding.workspace,
             key_id=binding.key_id,
             user=binding.user,
-            credential_id=self._asked.credential.id,
+            credential_id=self._asking.asked.credential.id,
             path=order.route.path,
-            model=self._asked.model,
-            asked_model=order.model if self._asked.model != order.model else None,
+            model=self._asking.asked.model,
+            asked_model=order.model if self._asking.asked.model != order.model else None,
             status=self._status,
             error_type=error[0] if error else None,
             error_message=error[1] if error else None,
@@ -493,7 +310,7 @@ class Exchange:
             started_at=self._began_at,
             first_byte_seconds=self._first_byte,
             total_seconds=self._means.clock.monotonic() - self._began,
-            attempts=self._attempts,
+            attempts=self._asking.attempts,
             stream_complete=self._complete,
             main=order.main,
             retry_after=self._retry_after,
@@ -501,7 +318,7 @@ class Exchange:
             cache_hit=self._saved is not None,
             saved=self._saved.usage if self._saved is not None else Usage(),
         )
-        for secret in filter(None, self._secrets):
+        for secret in filter(None, self._asking.secrets):
             if call.error_message and secret in call.error_message:
                 call = replace(call, error_message=call.error_message.replace(secret, "[credential]"))
         return call
@@ -509,30 +326,3 @@ class Exchange:
 
 class _NotKept(Exception):
     """The answer was given and is not to be kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shut:
-    """The breaker let nothing through."""
-
-    retry_after: float
-
-
-def _closed(outcome: Opened | Rejected) -> None:
-    if isinstance(outcome, Opened):
-        outcome.answer.close()
-
-
-def _fault(failed: Rejected | Shut) -> Fault:
-    return Fault.MODEL if isinstance(failed, Shut) else fallback.fault_of(failed.failure.status)
-
-
-def _shut(shut: Shut) -> Refused:
-    return Refused(
-        Refusal(
-            503,
-            "overloaded_error",
-            "The upstream has failed several times in a row; it is not asked until it has had a rest.",
-            shut.retry_after,
-        )
-    )
