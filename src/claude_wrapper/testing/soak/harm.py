@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from claude_wrapper.testing.soak import plan
 from claude_wrapper.testing.soak.asking import Asker
@@ -21,9 +22,10 @@ from claude_wrapper.testing.soak.surroundings import Surroundings
 
 _OUTAGE_SECONDS: Final = (0.5, 4.0)
 _PAUSE_SECONDS: Final = 2.0
+_HALF_SECONDS: Final = 2.0
 _SETTLED: Final = 0.8
 """No fault begins after this share of the run, so that everything can settle."""
-_HURRY: Final = 0.2
+_HURRY: Final = 0.3
 """Pauses between faults shrink to this share while there are fewer faults than there should be."""
 _FLOODS: Final = (
     b"\x00" * 65_536,
@@ -62,6 +64,7 @@ class Harm:
                 if not await self._wait(fault):
                     return
                 await self.operator.up.wait()
+                await self._half_request()
                 if (pid := await self._victim(fault.choice)) is not None:
                     self._strike(fault, pid, waking)
 
@@ -91,6 +94,20 @@ class Harm:
         behind = hurry and self.record.fault_count < self.expected()
         await asyncio.sleep(fault.after * (_HURRY if behind else 1.0))
         return self.record.now < self.seconds * _SETTLED
+
+    async def _half_request(self) -> None:
+        """A client that hangs up in the middle of its own question. It costs nearly nothing, on slow machines too."""
+        where = urlsplit(self.operator.base)
+        head = f"POST /v1/messages HTTP/1.1\r\nhost: soak\r\nx-api-key: {self.operator.key}\r\ncontent-length: 9999\r\n\r\n"
+        try:
+            async with asyncio.timeout(_HALF_SECONDS):
+                _, writer = await asyncio.open_connection(where.hostname, where.port)
+                writer.write(head.encode() + b'{"model": "claude')
+                await writer.drain()
+                writer.transport.abort()
+        except (OSError, TimeoutError):
+            return  # the server is being restarted: nothing was broken
+        self.record.fault(plan.HALF_REQUEST)
 
     # Processes ----------------------------------------------------------------------------------------------------------
 

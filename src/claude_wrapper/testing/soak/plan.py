@@ -40,6 +40,8 @@ PROCESS_FAULTS: Final = (("kill process", 5), ("stop process", 2), ("flood outpu
 STORE_FAULTS: Final = ("restart database", "restart redis", "blob store away", "disk full")
 SERVER_FAULTS: Final = ("kill server", "end server")
 STREAM_FAULT: Final = "stream hung up"
+HALF_REQUEST: Final = "half a request"
+"""Comes with every fault of a process."""
 
 
 @dataclass(frozen=True, slots=True)
