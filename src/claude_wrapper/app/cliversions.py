@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import structlog
-
 from claude_wrapper.agent.launch import CHAT, LaunchProfile, locate_cli
+from claude_wrapper.app.keeping import version_of
 from claude_wrapper.clock import Clock
 from claude_wrapper.config import Settings
 from claude_wrapper.pool.pool import Pool
@@ -25,10 +23,7 @@ from claude_wrapper.tenancy.policybook import PolicyBook
 from claude_wrapper.tenancy.principal import ActorKind, Principal
 from claude_wrapper.tenancy.scopes import Role
 
-log = structlog.get_logger(__name__)
-
 _VERSION: Final = re.compile(r"\d+(?:\.\d+)+[0-9A-Za-z.+-]*")
-_VERSION_SECONDS: Final = 20.0
 UNKNOWN: Final = "unknown"
 
 
@@ -46,22 +41,9 @@ class Clis:
         return cls(main, locate_cli(str(settings.canary_cli)) if settings.canary_cli else None)
 
 
-def version_of(cli: Path) -> str:
-    """What `cli --version` says; `unknown` if it says nothing that looks like a version."""
-    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/nonexistent", "DISABLE_AUTOUPDATER": "1"}
-    try:
-        done = subprocess.run(
-            [str(cli), "--version"],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            timeout=_VERSION_SECONDS,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning("cli.version_unknown", cli=str(cli), cause=type(error).__name__)
-        return UNKNOWN
-    found = _VERSION.search(done.stdout.decode(errors="replace"))
+def number_of(said: str) -> str:
+    """The version's number in what `claude --version` said; `unknown` if there is none."""
+    found = _VERSION.search(said)
     return found[0] if found else UNKNOWN
 
 
@@ -84,12 +66,12 @@ async def versions_of(
     """The binaries and the versions, with the canary running if there is one. Raises ConfigurationError."""
     clis = Clis.of(settings)
     watch = CountedVersions(metrics)
-    canary = await asyncio.to_thread(version_of, clis.canary) if clis.canary is not None else None
+    canary = None if clis.canary is None else number_of(await asyncio.to_thread(version_of(clis.canary)))
     if canary is not None:
         watch.state(State.RUNNING)
 
     async def main() -> str:
-        return await asyncio.to_thread(version_of, clis.main)
+        return number_of(await asyncio.to_thread(version_of(clis.main)))
 
     async def pinned(owner: Owner) -> str | None:
         kind = ActorKind.API_KEY if owner.key_id else ActorKind.USER
