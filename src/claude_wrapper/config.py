@@ -202,6 +202,11 @@ class Settings:
     sandbox_uids: str | None = setting(
         None, "Range of uids for processes, as `first-last`; needs CAP_SETUID. Default when root: 200000-265535."
     )
+    sandbox_disk: str = setting(
+        "measured",
+        "How the disk quota is kept: `measured` every few seconds, then the agent is stopped; `loop`, an ext4 image for each slot, enforced by the kernel. A host that has no loop devices for the server (root needed) stops the start.",
+        choices=("measured", "loop"),
+    )
     security_level: str = setting(
         "balanced", "What agents may do: see docs/security-levels.md.", choices=("strict", "balanced", "permissive")
     )

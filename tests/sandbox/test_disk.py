@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
-from shutil import which
 
 import pytest
 
 from claude_wrapper.errors import SandboxUnavailable
-from claude_wrapper.sandbox import SlotDirs, disk
+from claude_wrapper.sandbox import Limits, SlotDirs, disk, loopdisk
 from claude_wrapper.sandbox.bwrap import BwrapHost, BwrapSandbox
 from claude_wrapper.sandbox.commands import SYSTEM_PATH, find_tools
 from claude_wrapper.sandbox.disk import Usage
@@ -48,22 +49,28 @@ def test_over_quota_is_said_in_words() -> None:
     assert Usage(10**12, 10**9).over(limits(disk_bytes=None, disk_inodes=None)) is None
 
 
+def bounded(**changed: int) -> Limits:
+    return limits(**({"disk_bytes": 24 << 20, "disk_inodes": 500, "file_bytes": 64 << 20} | changed))
+
+
+@pytest.fixture
+def loop_dirs(open_tmp: Path) -> SlotDirs:
+    if reason := loopdisk.why_not():
+        pytest.skip(f"no file system for each slot on this host: {reason}")
+    if reason := why_no_bwrap():
+        pytest.skip(reason)
+    return _bwrap().create_dirs(open_tmp / "slots" / "slot_disk", TENANT)
+
+
+def _bwrap() -> BwrapSandbox:
+    return BwrapSandbox(BwrapHost(find_tools(SYSTEM_PATH), cgroups=None, uids=True, disable_userns=True))
+
+
 @pytest.mark.process
 @pytest.mark.anyio
-async def test_a_file_system_of_its_own_bounds_size_and_inodes(open_tmp: Path) -> None:
-    if os.geteuid() != 0 or not os.access("/dev/loop-control", os.W_OK) or which("mkfs.ext4", path=SYSTEM_PATH) is None:
-        pytest.skip("no loop devices, no root or no e2fsprogs on this host")
-    if why_no_bwrap():
-        pytest.skip(str(why_no_bwrap()))
-    sandbox = BwrapSandbox(BwrapHost(find_tools(SYSTEM_PATH), cgroups=None, uids=True, disable_userns=True))
-    dirs = sandbox.create_dirs(open_tmp / "slots" / "slot_disk", TENANT)
-    bounded = limits(disk_bytes=24 << 20, disk_inodes=500, file_bytes=64 << 20)
-    try:
-        made = disk.create(dirs, bounded, TENANT)
-    except SandboxUnavailable as error:
-        if "loop" in str(error):
-            pytest.skip(f"loop devices are listed but cannot be used: {error}")
-        raise
+async def test_a_file_system_of_its_own_bounds_size_and_inodes(loop_dirs: SlotDirs) -> None:
+    sandbox, dirs = _bwrap(), loop_dirs
+    made = loopdisk.create(dirs, bounded(), TENANT)
     try:
         script = (
             "head -c 60000000 /dev/zero > /work/f; stat -c %s /work/f; rm /work/f; cd ~; touch $(seq 1000); ls | wc -l"
@@ -74,14 +81,68 @@ async def test_a_file_system_of_its_own_bounds_size_and_inodes(open_tmp: Path) -
         assert 300 < files < 520
         assert "No space left" in err
     finally:
-        disk.release(dirs, made)
+        made.release()
     assert not made.image.exists()
     assert not os.path.ismount(dirs.work)
     sandbox.remove_dirs(dirs)
 
 
-def test_what_cannot_be_made_leaves_the_slot_as_it_was(dirs: SlotDirs) -> None:
-    with pytest.raises(SandboxUnavailable, match="no file system of its own"):
-        disk.create(dirs, limits(disk_bytes=1000), None)  # too small for ext4
+@pytest.mark.process
+@pytest.mark.anyio
+async def test_a_kept_file_system_is_another_slot_s_with_everything_on_it(loop_dirs: SlotDirs, open_tmp: Path) -> None:
+    sandbox, first, kept = _bwrap(), loop_dirs, open_tmp / "kept"
+    kept.mkdir()
+    made = loopdisk.create(first, bounded(), TENANT)
+    await run(sandbox, first, "echo tea > /work/note; ln -s note /work/link; chmod 640 /work/note", uid=TENANT)
+    made.move_to(kept)
+    sandbox.remove_dirs(first)
+    assert [path.name for path in kept.iterdir()] == [loopdisk.IMAGE]
+
+    second = sandbox.create_dirs(open_tmp / "slots" / "slot_next", TENANT)
+    adopted = loopdisk.adopt(second, kept, TENANT)
+    try:
+        _, out, _ = await run(sandbox, second, "cat /work/link; stat -c %a /work/note", uid=TENANT)
+        assert out.split() == ["tea", "640"]
+        assert not list(kept.iterdir())
+    finally:
+        adopted.release()
+        sandbox.remove_dirs(second)
+
+
+@pytest.mark.process
+def test_a_killed_server_leaves_no_mount_and_a_later_one_undoes_what_is_left(loop_dirs: SlotDirs) -> None:
+    program = (
+        "import os, sys\nfrom pathlib import Path\nfrom claude_wrapper.sandbox import SlotDirs, loopdisk\n"
+        "from sandbox.doubles import limits\n"
+        "root = Path(sys.argv[1])\n"
+        "if sys.argv[2] == 'own':\n    loopdisk.private_mounts()\n"
+        "dirs = SlotDirs(root, root / 'home', root / 'work', root / 'run')\n"
+        "loopdisk.create(dirs, limits(disk_bytes=24 << 20), None)\n"
+        "assert os.path.ismount(dirs.work)\nos.kill(os.getpid(), 9)\n"
+    )
+
+    def killed(namespace: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(loop_dirs.root), namespace],
+            env={"PYTHONPATH": str(Path(__file__).parents[1])},
+            timeout=60,
+        )
+        assert done.returncode == -9
+        return [line for line in Path("/proc/mounts").read_text().splitlines() if str(loop_dirs.root) in line]
+
+    assert killed("own") == []
+    (loop_dirs.root / loopdisk.IMAGE).unlink()
+    (loop_dirs.root / "disk").rmdir()
+    assert len(killed("host's")) == 3
+    loopdisk.unmount_below(loop_dirs.root)
+    assert str(loop_dirs.root) not in Path("/proc/mounts").read_text()
+
+
+def test_what_cannot_be_made_leaves_the_slot_as_it_was(
+    dirs: SlotDirs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loopdisk, "SYSTEM_PATH", str(tmp_path))
+    with pytest.raises(SandboxUnavailable, match=r"no file system of its own.*mkfs\.ext4 is not installed"):
+        loopdisk.create(dirs, bounded(), None)
 
     assert sorted(path.name for path in dirs.root.iterdir()) == ["home", "run", "work"]

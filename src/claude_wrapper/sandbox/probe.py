@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from claude_wrapper.errors import SandboxUnavailable
-from claude_wrapper.sandbox import cgroup, commands, files, landlock
+from claude_wrapper.sandbox import cgroup, commands, files, landlock, loopdisk
 from claude_wrapper.sandbox.bwrap import BwrapHost, BwrapSandbox
 from claude_wrapper.sandbox.commands import Tools
 from claude_wrapper.sandbox.port import RANK, Containment, Level, Limits, Sandbox
@@ -284,10 +284,12 @@ def _openat2() -> Finding:
 
 
 def _disk() -> Finding:
+    why = loopdisk.why_not()
     return Finding(
-        *("disk", "a disk limit that the kernel enforces", False, "home and workspace are measured every few seconds"),
-        "between two looks an agent can write as fast as the disk takes; then it is stopped with the limit's name",
-        "put the data directory on a file system of its own: a full one then harms nothing else of the host",
+        *("loop_disk", "a disk limit that the kernel enforces", why is None, why or "loop devices work"),
+        "home and workspace are measured every few seconds: between two looks an agent can write as fast as the disk takes",
+        "run the server as root with CAP_SYS_ADMIN, loop devices and e2fsprogs, and set CLAUDE_WRAPPER_SANDBOX_DISK=loop; "
+        "else put the data directory on a file system of its own: a full one then harms nothing else of the host",
     )
 
 
