@@ -90,22 +90,27 @@ async def test_a_file_system_of_its_own_bounds_size_and_inodes(loop_dirs: SlotDi
 @pytest.mark.process
 @pytest.mark.anyio
 async def test_a_kept_file_system_is_another_slot_s_with_everything_on_it(loop_dirs: SlotDirs, open_tmp: Path) -> None:
-    sandbox, first, kept = _bwrap(), loop_dirs, open_tmp / "kept"
-    kept.mkdir()
-    made = loopdisk.create(first, bounded(), TENANT)
+    sandbox, first, root = _bwrap(), loop_dirs, open_tmp / "kept"
+    kept = SlotDirs(root=root, home=root / "home", work=root / "work", run=root)
+    for directory in (root, kept.home, kept.work):
+        directory.mkdir()
+    loopdisk.create(first, bounded(), TENANT)
     await run(sandbox, first, "echo tea > /work/note; ln -s note /work/link; chmod 640 /work/note", uid=TENANT)
-    made.move_to(kept)
+    made = loopdisk.of(first)
+    assert made is not None
+    held = made.move_to(kept)
+    assert loopdisk.of(first) is None
     sandbox.remove_dirs(first)
-    assert [path.name for path in kept.iterdir()] == [loopdisk.IMAGE]
+    assert (kept.work / "note").read_text() == "tea\n"
 
     second = sandbox.create_dirs(open_tmp / "slots" / "slot_next", TENANT)
-    adopted = loopdisk.adopt(second, kept, TENANT)
+    moved = held.move_to(second)
     try:
         _, out, _ = await run(sandbox, second, "cat /work/link; stat -c %a /work/note", uid=TENANT)
         assert out.split() == ["tea", "640"]
-        assert not list(kept.iterdir())
+        assert sorted(path.name for path in root.iterdir()) == ["home", "work"]
     finally:
-        adopted.release()
+        moved.release()
         sandbox.remove_dirs(second)
 
 

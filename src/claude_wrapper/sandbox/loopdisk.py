@@ -57,13 +57,22 @@ class LoopDisk:
         self._unmount(lazily=True)
         self.image.unlink(missing_ok=True)
 
-    def move_to(self, target: Path) -> None:
-        """Unmount it and keep the image in the directory `target`. The slot's processes must be gone.
+    def move_to(self, target: SlotDirs) -> LoopDisk:
+        """Mount it over another slot's home and work, which are empty, instead of this one's. The slot's processes must
+        be gone. What is on it keeps its owners.
 
-        Raises SandboxUnavailable when something still uses it: then it is still mounted.
+        Raises SandboxUnavailable with the cause; the image is then still below this slot's root.
         """
         self._unmount(lazily=False)
-        self.image.rename(target / IMAGE)
+        there = LoopDisk(target)
+        self.image.rename(there.image)
+        try:
+            _mount(there, None)
+        except (OSError, SandboxUnavailable) as error:
+            there._unmount(lazily=True)
+            there.image.rename(self.image)
+            raise SandboxUnavailable(f"the disk of {self.dirs.root.name} cannot be mounted again: {error}") from error
+        return there
 
     def _unmount(self, *, lazily: bool) -> None:
         for directory in (self.dirs.home, self.dirs.work, self.mount_point):
@@ -90,19 +99,10 @@ def create(dirs: SlotDirs, limits: Limits, uid: int | None) -> LoopDisk:
     return disk
 
 
-def adopt(dirs: SlotDirs, kept: Path, uid: int | None) -> LoopDisk:
-    """Give a fresh slot the image that `move_to` left in `kept`. What is on it keeps its owners.
-
-    Raises SandboxUnavailable with the cause; the image is then where it was.
-    """
+def of(dirs: SlotDirs) -> LoopDisk | None:
+    """The slot's disk, if it has one of its own."""
     disk = LoopDisk(dirs)
-    (kept / IMAGE).rename(disk.image)
-    try:
-        _mount(disk, uid)
-    except (OSError, SandboxUnavailable) as error:
-        disk.move_to(kept)
-        raise SandboxUnavailable(f"the file system of {kept.name} cannot be mounted: {error}") from error
-    return disk
+    return disk if disk.image.exists() else None
 
 
 def _make_image(image: Path, size: int, inodes: int | None) -> None:
