@@ -48,11 +48,12 @@ from claude_wrapper.broker.egresslists import EgressLists
 from claude_wrapper.broker.settings import BrokerSettings
 from claude_wrapper.clock import Clock, SystemClock
 from claude_wrapper.config import Settings
-from claude_wrapper.errors import ConfigurationError
+from claude_wrapper.errors import ConfigurationError, SandboxUnavailable
 from claude_wrapper.ids import Ids, RandomIds
 from claude_wrapper.pool.pool import Pool
 from claude_wrapper.pool.settings import PoolSettings
 from claude_wrapper.pool.slot import Reason
+from claude_wrapper.sandbox import loopdisk
 from claude_wrapper.sandbox.choose import choose
 from claude_wrapper.sandbox.files import remove_tree
 from claude_wrapper.sandbox.port import Level, Sandbox
@@ -203,6 +204,7 @@ async def running_server(
     async with contextlib.AsyncExitStack() as stack:
         name = stack.enter_context(named(data_dir, ids))
         slots_dir = await _emptied_slots(data_dir)
+        stack.push_async_callback(asyncio.to_thread, loopdisk.unmount_below, data_dir)
         stack.push_async_callback(telemetry.close)
         telemetry.start()
         tenants = await stack.enter_async_context(running_tenants(settings, data_dir, clock, ids))
@@ -214,6 +216,7 @@ async def running_server(
             settings, clock, policies=tenants.policies, state=tenants.state, metrics=telemetry.metrics
         )
         factory = ProcessFactory(
+            loop_disks=_loop_disks(settings, host.report),
             cli=clis.main,
             canary=clis.canary,
             slots_dir=slots_dir,
@@ -433,9 +436,20 @@ async def _host(settings: Settings) -> _Host:
     return _Host(report, sandbox, levels, policy)
 
 
+def _loop_disks(settings: Settings, report: HostReport) -> bool:
+    """Raises SandboxUnavailable when the operator wants them and this host has none."""
+    if settings.sandbox_disk != "loop":
+        return False
+    found = report.finding("loop_disk")
+    if not found.present:
+        raise SandboxUnavailable(f"CLAUDE_WRAPPER_SANDBOX_DISK=loop: {found.detail}; {found.fix}")
+    return True
+
+
 async def _emptied_slots(data_dir: Path) -> Path:
     """The directory of the slots, without what a server that was killed left there."""
     slots = data_dir / "slots"
+    await asyncio.to_thread(loopdisk.unmount_below, data_dir)
     for leftover in (*leftover_slots(slots), *leftover_slots(data_dir / "kept"), *leftover_slots(data_dir / "clones")):
         await asyncio.to_thread(remove_tree, leftover)
     return slots

@@ -18,6 +18,7 @@ import uvicorn
 from claude_wrapper.app import Server, running_server
 from claude_wrapper.config import Settings
 from claude_wrapper.errors import ConfigurationError
+from claude_wrapper.sandbox.loopdisk import private_mounts
 
 _CUT_SECONDS = 2
 """After the drain, connections that are still open get this long to be closed."""
@@ -25,6 +26,8 @@ _CUT_SECONDS = 2
 
 def run(settings: Settings, *, reload: Callable[[], Settings] | None = None) -> int:
     """Serve until a signal. Returns the exit code. `reload` reads the settings again, on SIGHUP."""
+    if settings.sandbox_disk == "loop":
+        private_mounts()
     return asyncio.run(serve(settings, announce=_announce, reload=reload))
 
 

@@ -142,7 +142,8 @@ def _unmount(directory: Path, *, lazily: bool) -> None:
 
 
 def unmount_below(directory: Path) -> None:
-    """Undo what a server left mounted below `directory` that was killed and had no mount namespace of its own."""
+    """Undo what is still mounted below `directory`: disks that were kept, and what a server left there that was killed
+    and had no mount namespace of its own."""
     prefix = f"{directory.resolve()}/"
     lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     points = [line.split()[4].encode().decode("unicode_escape") for line in lines]

@@ -22,7 +22,7 @@ import structlog
 from claude_wrapper.errors import Conflict, InvalidRequest, NotFound, WrapperError
 from claude_wrapper.ids import SESSION, well_formed
 from claude_wrapper.pool.slot import Reason
-from claude_wrapper.sandbox.files import remove_tree
+from claude_wrapper.sessions import slotfiles
 from claude_wrapper.sessions.conversation import Conversation
 from claude_wrapper.sessions.leg import Leg
 from claude_wrapper.sessions.process import Resume, SlotProcess
@@ -370,4 +370,4 @@ async def _remove(resume: Resume) -> None:
     with contextlib.suppress(TimeoutError, FileNotFoundError):
         async with asyncio.timeout(_KEPT_SECONDS):
             await resume.ready.wait()  # the files are moved there when the process has ended
-        await asyncio.to_thread(remove_tree, resume.kept)
+        await asyncio.to_thread(slotfiles.discard, resume.kept)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,10 +29,12 @@ from claude_wrapper.broker.hosts import HostRule
 from claude_wrapper.clock import Clock
 from claude_wrapper.errors import SandboxUnavailable, SpawnFailed, WrapperError
 from claude_wrapper.ids import Ids
-from claude_wrapper.sandbox.files import empty_tree, remove_tree
+from claude_wrapper.sandbox import loopdisk
+from claude_wrapper.sandbox.files import empty_tree
 from claude_wrapper.sandbox.port import SOCKET_NAME, Containment, Level, Limits, Sandbox, SlotDirs
 from claude_wrapper.sandbox.staging import reachable_cli
 from claude_wrapper.sandbox.uids import UidAllocator
+from claude_wrapper.sessions import slotfiles
 from claude_wrapper.sessions.canary import CANARY
 from claude_wrapper.sessions.clitranscripts import put_transcript
 from claude_wrapper.sessions.content import places
@@ -190,48 +191,12 @@ class SlotProcess:
         if self.egress is not None:
             await self.egress.close()
         if self.kept is not None and not self.kept.ready.is_set():
-            await asyncio.to_thread(_keep, self.dirs, self.kept.kept)
+            await asyncio.to_thread(slotfiles.keep, self.dirs, self.kept.kept)
             self.kept.ready.set()
-        await asyncio.to_thread(self.sandbox.remove_dirs, self.dirs)
+        await asyncio.to_thread(slotfiles.remove, self.sandbox, self.dirs)
         uid, self.uid = self.uid, None
         if uid is not None:
             self.release_uid(uid)
-
-
-def _keep(dirs: SlotDirs, target: Path) -> None:
-    """Move home and workspace of a stopped slot to `target` (same file system: two renames)."""
-    target.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for source in (dirs.home, dirs.work):
-        with contextlib.suppress(FileNotFoundError):
-            source.rename(target / source.name)
-
-
-def _adopt(kept: Path, dirs: SlotDirs, uid: int | None) -> None:
-    """Move kept home and workspace into a new slot, and give them to its uid."""
-    for target in (dirs.home, dirs.work):
-        source = kept / target.name
-        if source.exists():
-            target.rmdir()
-            source.rename(target)
-            if uid is not None:
-                _give(target, uid)
-    remove_tree(kept)
-
-
-def _give_back(dirs: SlotDirs, kept: Path) -> None:
-    """The process did not start: its conversation's files are kept for the next one."""
-    kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for source in (dirs.home, dirs.work):
-        if not (kept / source.name).exists() and source.exists():
-            source.rename(kept / source.name)
-
-
-def _give(root: Path, uid: int) -> None:
-    """Make a kept tree the new slot's. Nothing runs in it, and links are given themselves, never followed."""
-    os.chown(root, uid, uid, follow_symlinks=False)
-    for _, directories, files, descriptor in os.fwalk(root, follow_symlinks=False):
-        for name in (*directories, *files):
-            os.chown(name, uid, uid, dir_fd=descriptor, follow_symlinks=False)
 
 
 class ProcessFactory:
@@ -254,13 +219,16 @@ class ProcessFactory:
         extra_env: Mapping[str, str] | None = None,
         egress: EgressLists | None = None,
         limits_by_level: Mapping[str, Limits] | None = None,
+        loop_disks: bool = False,
     ) -> None:
-        """`limits` are the server's own, `limits_by_level` those of profiles that name a security level."""
+        """`limits` are the server's own, `limits_by_level` those of profiles that name a security level; `loop_disks`
+        gives each process with tools a disk of its own, else its use of the disk is measured."""
         self.cli, self._canary = cli, canary
         self._slots_dir = slots_dir
         self._sandbox = sandbox
         self._limits = limits
         self._limits_by_level = limits_by_level or {}
+        self._loop_disks = loop_disks
         self._broker = broker
         self._settings = settings
         self._default_model = default_model
@@ -291,12 +259,17 @@ class ProcessFactory:
         if uid is not None:
             cleanup.callback(release_uid, uid)
         dirs = self._sandbox.create_dirs(self._slots_dir / slot, uid)
-        cleanup.push_async_callback(asyncio.to_thread, self._sandbox.remove_dirs, dirs)
+        cleanup.push_async_callback(asyncio.to_thread, slotfiles.remove, self._sandbox, dirs)
+        limits = self._limits_by_level.get(profile.security, self._limits)
+        own_disk = self._loop_disks and profile.tools != ()
+        if own_disk:
+            await asyncio.to_thread(loopdisk.create, dirs, limits, uid)
         if resume is not None:
             async with asyncio.timeout(_KEPT_SECONDS):
                 await resume.ready.wait()
-            cleanup.push_async_callback(asyncio.to_thread, _give_back, dirs, resume.kept)
-            await asyncio.to_thread(_adopt, resume.kept, dirs, uid)
+            # When the process does not start, its conversation's files are kept for the next one.
+            cleanup.push_async_callback(asyncio.to_thread, slotfiles.keep, dirs, resume.kept)
+            await asyncio.to_thread(slotfiles.adopt, resume.kept, dirs, uid)
         cli = await self._reachable_cli(profile, uid)
         layout = self._sandbox.layout(dirs, cli)
         if resume is not None and resume.uuid:
@@ -322,7 +295,6 @@ class ProcessFactory:
                 proxy=f"http://127.0.0.1:{_PROXY_PORT}" if networked else None,
             )
         )
-        limits = self._limits_by_level.get(profile.security, self._limits)
         spec = Containment(dirs=dirs, cli=cli, argv=argv, env=env, limits=limits, uid=uid)
         workdir = None
         if profile.tools != ():
@@ -342,7 +314,7 @@ class ProcessFactory:
             with endpoint.prime():
                 await agent.prime(self._ids.uuid())
         guarding = None
-        if profile.tools != ():
+        if profile.tools != () and not own_disk:
             watch = guard_disk(slot, dirs, limits, self._clock, agent.condemn)
             guarding = asyncio.get_running_loop().create_task(watch, name=f"disk-{slot}")
         process = SlotProcess(

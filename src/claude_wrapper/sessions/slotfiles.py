@@ -12,7 +12,7 @@ from pathlib import Path
 
 from claude_wrapper.sandbox import loopdisk
 from claude_wrapper.sandbox.files import remove_tree
-from claude_wrapper.sandbox.port import SlotDirs
+from claude_wrapper.sandbox.port import Sandbox, SlotDirs
 
 
 def kept_dirs(kept: Path) -> SlotDirs:
@@ -69,6 +69,14 @@ def _give(root: Path, uid: int) -> None:
     for _, directories, files, descriptor in os.fwalk(root, follow_symlinks=False):
         for name in (*directories, *files):
             os.chown(name, uid, uid, dir_fd=descriptor, follow_symlinks=False)
+
+
+def remove(sandbox: Sandbox, dirs: SlotDirs) -> None:
+    """Remove a slot's directories and the disk that it may have."""
+    disk = loopdisk.of(dirs)
+    if disk is not None:
+        disk.release()
+    sandbox.remove_dirs(dirs)
 
 
 def discard(kept: Path) -> None:
