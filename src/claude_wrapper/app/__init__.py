@@ -203,8 +203,7 @@ async def running_server(
     tasks, lifecycle, flight = Tasks(), Lifecycle(), InFlight()
     async with contextlib.AsyncExitStack() as stack:
         name = stack.enter_context(named(data_dir, ids))
-        slots_dir = await _emptied_slots(data_dir)
-        stack.push_async_callback(asyncio.to_thread, loopdisk.unmount_below, data_dir)
+        slots_dir = await stack.enter_async_context(_own_slots(data_dir))
         stack.push_async_callback(telemetry.close)
         telemetry.start()
         tenants = await stack.enter_async_context(running_tenants(settings, data_dir, clock, ids))
@@ -446,13 +445,17 @@ def _loop_disks(settings: Settings, report: HostReport) -> bool:
     return True
 
 
-async def _emptied_slots(data_dir: Path) -> Path:
-    """The directory of the slots, without what a server that was killed left there."""
+@contextlib.asynccontextmanager
+async def _own_slots(data_dir: Path) -> AsyncIterator[Path]:
+    """The directory of the slots, without what a server that was killed left there; nothing stays mounted in it."""
     slots = data_dir / "slots"
     await asyncio.to_thread(loopdisk.unmount_below, data_dir)
     for leftover in (*leftover_slots(slots), *leftover_slots(data_dir / "kept"), *leftover_slots(data_dir / "clones")):
         await asyncio.to_thread(remove_tree, leftover)
-    return slots
+    try:
+        yield slots
+    finally:
+        await asyncio.to_thread(loopdisk.unmount_below, data_dir)
 
 
 async def _running_broker(
