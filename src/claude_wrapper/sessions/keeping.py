@@ -155,7 +155,10 @@ class SnapshotKeeper(Keeper):
     def ended(self, conversation: Keepable) -> None:
         process = conversation.process
         if process is None and conversation.resume is None:
-            return  # it had no process, or one without files
+            # It had no process, or one without files: nothing is owed.
+            if (known := self._sessions.get(conversation.session)) is not None:
+                known.stored = known.changes
+            return
         if conversation.ended or not durable(conversation) or (process is not None and process.profile.tools == ()):
             return
         keeping = self._of(conversation)
