@@ -1,6 +1,6 @@
 """`python -m bench [--quick] [suite …]`: measure, print tables, write `bench/results/<suite>.json`.
 
-Suites: engine, alone, idle, tools, broker, sandbox, limits, sessions, mcp, cache; all of them when none is named (with `--quick` the first five). `--write-docs` writes
+Suites: engine, alone, idle, tools, broker, sandbox, limits, sessions, mcp, cache, replicas; all of them when none is named (with `--quick` the first five). `--write-docs` writes
 `docs/benchmarks.md` from the results that are there (after a run, if suites are named or `--run` is given).
 """
 
@@ -33,7 +33,7 @@ async def _with_scene(
         return await measure(at)
 
 
-_SLOW = frozenset({"cache", "limits", "mcp", "sandbox", "sessions"})
+_SLOW = frozenset({"cache", "limits", "mcp", "replicas", "sandbox", "sessions"})
 """Not part of a quick run unless they are named."""
 
 Suite = Callable[[argparse.Namespace, Progress], Awaitable[Findings]]
@@ -49,6 +49,7 @@ SUITES: Mapping[str, Suite] = {
     "sessions": lambda options, _: scripts.sessions(quick=options.quick),
     "mcp": lambda options, _: scripts.mcp(quick=options.quick),
     "cache": lambda options, _: scripts.cache(quick=options.quick),
+    "replicas": lambda options, _: scripts.replicas(quick=options.quick),
 }
 
 

@@ -129,6 +129,21 @@ async def cache(*, quick: bool) -> Findings:
     return Findings(figures, {"output": raw})
 
 
+async def replicas(*, quick: bool) -> Findings:
+    """`bench/replicas.py`: a forwarded turn against a direct one, and takeover after SIGKILL of the holder."""
+    arguments = ["--turns", "8", "--kills", "1", "--lease", "2"] if quick else []
+    raw = await run("replicas.py", arguments)
+    lease = raw["lease_seconds"]
+    taken = [one["taken_seconds"] for one in raw["takeovers"]]
+    answered = [one["answered_seconds"] for one in raw["takeovers"]]
+    figures = [
+        Figure("a turn through the other replica", "ms", raw["forwarded_ms"], raw["direct_ms"], Compare.ADDED),
+        Figure("holder killed to session taken over", "s", taken, target=1.5 * lease, note=f"lease {lease:g} s"),
+        Figure("holder killed to its turn answered", "s", answered, note=f"lease {lease:g} s"),
+    ]
+    return Findings(figures, {"output": raw})
+
+
 def _plain(raw: dict[str, Any]) -> Findings:
     """Every number of nested JSON as a figure; the unit is the end of its name."""
     figures = [Figure(name, unit, [value]) for name, unit, value in _numbers(raw, ())]

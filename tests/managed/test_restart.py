@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from anthropic import AsyncAnthropic
 
-from managed.driving import BOTH_ASK, WEATHER, history, message, new_session, texts, turn
+from claude_wrapper.testing.upstream import ScriptedUpstream
+from managed.driving import BOTH_ASK, WEATHER, history, message, new_session, texts, turn, until_idle
 from running_server import KEY, Running, running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.real_cli]
@@ -100,20 +101,28 @@ async def test_a_call_that_ran_before_the_restart_does_not_run_again(reachable_t
     assert counter.read_text() == "x\n"
 
 
-async def test_a_turn_whose_server_was_killed_ends_with_an_error_and_the_session_goes_on(
-    reachable_tmp_path: Path,
-) -> None:
-    async with running(reachable_tmp_path, **SETTINGS) as server, sdk(server) as client:
-        session = (await new_session(client)).id
-        await turn(client, session, message("remember the fig"))
-        async with await client.beta.sessions.events.stream(session) as stream:
-            await client.beta.sessions.events.send(session, events=[message("[[hang 1]]")])
-            await server.upstream.wait_for(2)
-            async for event in stream:
-                if event.type == "span.model_request_start":
-                    break
-    async with running(reachable_tmp_path, **SETTINGS) as server, sdk(server) as client:
-        errors = [one for one in await history(client, session) if one.type == "session.error"]
-        assert [one.error.retry_status.type for one in errors] == ["exhausted"]
-        said = texts(await turn(client, session, message("[[recall]]")))[0]
-        assert "remember the fig" in said
+async def test_a_turn_whose_server_stopped_goes_on_in_the_next_one(reachable_tmp_path: Path) -> None:
+    async with ScriptedUpstream() as upstream:
+        settings = {**SETTINGS, "upstream_url": upstream.url}
+        async with running(reachable_tmp_path, **settings) as server, sdk(server) as client:
+            session = (await new_session(client)).id
+            await turn(client, session, message("remember the fig"))
+            async with await client.beta.sessions.events.stream(session) as stream:
+                await client.beta.sessions.events.send(session, events=[message("[[recall]] [[hang 1]] [[once]]")])
+                await upstream.wait_for(2)
+                async for event in stream:
+                    if event.type == "span.model_request_start":
+                        break
+            before = await history(client, session)
+        async with running(reachable_tmp_path, **settings) as server, sdk(server) as client:
+            async with await client.beta.sessions.events.stream(
+                session, extra_headers={"last-event-id": str(len(before))}
+            ) as stream:
+                rest = await until_idle(stream)
+            assert [one.type for one in rest].count("session.status_rescheduled") == 1
+            assert len(texts(rest)) == 1, "the whole answer, once"
+            assert "remember the fig" in texts(rest)[0]
+            log = await history(client, session)
+            assert "session.error" not in [one.type for one in log]
+            opened = {one.id for one in log if one.type == "span.model_request_start"}
+            assert opened == {one.model_request_start_id for one in log if one.type == "span.model_request_end"}

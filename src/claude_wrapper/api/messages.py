@@ -31,7 +31,12 @@ T = TypeVar("T")
 async def create_message(request: Request) -> Response:
     """The Anthropic Messages API, JSON or server-sent events."""
     deps = deps_of(request)
-    parsed = parse_messages_request(await read_body(request, deps.settings.max_body_bytes), max_tokens_required=False)
+    body = await read_body(request, deps.settings.max_body_bytes)
+    return await deps.forwarder.answer(request, body, lambda: _create_message(request, deps, body))
+
+
+async def _create_message(request: Request, deps: Deps, body: bytes) -> Response:
+    parsed = parse_messages_request(body, max_tokens_required=False)
     if parsed.max_tokens is None and parsed.oauth_credentials is None:
         raise InvalidRequest("is required", field="max_tokens")
     leg, started = await _submit(request, deps, parsed, await _translate(request, deps, parsed))
@@ -47,8 +52,12 @@ async def create_message(request: Request) -> Response:
 async def create_message_pooled(request: Request) -> Response:
     """The same engine, streaming the CLI's own events; the stream ends right after `result`, the process lives on."""
     deps = deps_of(request)
-    body = with_roles(await read_body(request, deps.settings.max_body_bytes))
-    parsed = parse_messages_request(body, max_tokens_required=False)
+    body = await read_body(request, deps.settings.max_body_bytes)
+    return await deps.forwarder.answer(request, body, lambda: _create_pooled(request, deps, body))
+
+
+async def _create_pooled(request: Request, deps: Deps, body: bytes) -> Response:
+    parsed = parse_messages_request(with_roles(body), max_tokens_required=False)
     translated = pooled_turn(await _translate(request, deps, parsed))
     leg, started = await _submit(request, deps, parsed, translated)
     frames = _raw(leg, errors.request_id_of(request))

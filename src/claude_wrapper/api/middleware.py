@@ -109,14 +109,23 @@ class RequestContext:
 
         with context.bound(request=request_id):
             watched = self.watch.request(seen, Headers(scope=scope))
+            left = False
+
+            def leave() -> None:
+                nonlocal left
+                if not left:
+                    left = True
+                    self.flight.leave()
+
             self.flight.enter()
+            scope["not_waited_for"] = leave
             try:
                 await self.app(scope, receive, send_with_id)
             except Exception:
                 seen.status = seen.status or 500  # answered further out
                 raise
             finally:
-                self.flight.leave()
+                leave()
                 seen.seconds = self.clock.monotonic() - began
                 seen.route = self.paths.get(scope.get("endpoint"), "unmatched")
                 seen.status = seen.status or 499

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from starlette.requests import Request
 
+from claude_wrapper.api.forward import Forwarder
 from claude_wrapper.broker.calls import Credential
 from claude_wrapper.broker.direct import Direct
 from claude_wrapper.clock import Clock
@@ -120,6 +121,7 @@ class Deps:
     sessions: ManagedSessions
     work_queue: WorkQueue
     versions: Versions
+    forwarder: Forwarder
     resources: ResourceMeans
     mcp_tokens: McpTokens
     remotes: RemoteServers

@@ -24,6 +24,7 @@ from claude_wrapper.agent.launch import CHAT, agent_profile
 from claude_wrapper.agent.settings import AgentSettings
 from claude_wrapper.api.app import create_app
 from claude_wrapper.api.credentials import UpstreamCredentials
+from claude_wrapper.api.forward import Forwarder
 from claude_wrapper.api.reports import security_report
 from claude_wrapper.api.state import ApiSettings, Deps
 from claude_wrapper.app.caching import TOOL
@@ -68,6 +69,7 @@ from claude_wrapper.sessions.eventlog import EventLog
 from claude_wrapper.sessions.journal import Books
 from claude_wrapper.sessions.keeping import SnapshotKeeper
 from claude_wrapper.sessions.managed import ManagedSessions
+from claude_wrapper.sessions.ownership import Ownership
 from claude_wrapper.sessions.process import ProcessFactory, Resume, SlotProcess, leftover_slots
 from claude_wrapper.sessions.remotes import RemoteServers
 from claude_wrapper.sessions.resources.mcptokens import McpTokens
@@ -153,6 +155,7 @@ class Server:
     app: FastAPI
     pool: Pool[SlotProcess]
     conversations: Conversations
+    sessions: ManagedSessions
     broker: Broker
     lifecycle: Lifecycle
     tasks: Tasks
@@ -174,7 +177,7 @@ class Server:
         """Take no new work; return when all requests and turns have ended, after `seconds`, or when `cut` is set."""
         self.lifecycle.draining = True
         await self.pool.drain()
-        idle = asyncio.ensure_future(self.requests.wait_idle())
+        idle = asyncio.ensure_future(_all(self.requests.wait_idle(), self.sessions.drain()))
         stop = asyncio.ensure_future(cut.wait())
         try:
             await asyncio.wait({idle, stop}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -350,6 +353,7 @@ async def running_server(
                 new_id=ids.new,
             ),
             versions=versions,
+            forwarder=await stack.enter_async_context(_forwarder(settings, own, tenants, books, telemetry)),
             authenticate=authenticate,
             tenants=tenants,
             resources=resources,
@@ -373,6 +377,7 @@ async def running_server(
             app=create_app(deps, watch=telemetry.requests, flight=flight),
             pool=pool,
             conversations=conversations,
+            sessions=sessions,
             broker=broker,
             lifecycle=lifecycle,
             tasks=tasks,
@@ -386,6 +391,22 @@ async def running_server(
             reloading=Reloading(settings, telemetry, tenants, egress),
             keeper=keeper,
         )
+
+
+@contextlib.asynccontextmanager
+async def _forwarder(
+    settings: Settings, own: Ownership, tenants: Tenants, books: Books, telemetry: Telemetry
+) -> AsyncIterator[Forwarder]:
+    forwarder = Forwarder(own, tenants.pepper, telemetry.clock, patience_seconds=settings.drain_seconds)
+    telemetry.follow_replica(books.log, forwarder)
+    try:
+        yield forwarder
+    finally:
+        await forwarder.close()
+
+
+async def _all(*work: Coroutine[Any, Any, None]) -> None:
+    await asyncio.gather(*work)
 
 
 class _Keeper:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from starlette.requests import Request
 
+from claude_wrapper.api.forward import Forwarder
 from claude_wrapper.api.reports import Health
 from claude_wrapper.app.checks import all_checks
 from claude_wrapper.app.tenants import Tenants
@@ -38,6 +39,7 @@ from claude_wrapper.errors import AuthenticationFailed, PoolOverloaded
 from claude_wrapper.pool.pool import Pool
 from claude_wrapper.pool.stats import PoolStats
 from claude_wrapper.sessions.conversations import Conversations
+from claude_wrapper.sessions.eventlog import EventLog
 from claude_wrapper.sessions.ownership import Ownership
 from claude_wrapper.sessions.process import ProcessFactory, SlotProcess
 from claude_wrapper.storage.blobs import BlobStore
@@ -235,6 +237,16 @@ class Telemetry:
         self.metrics.pull("broker", lambda: self._pull_broker(broker))
         self.metrics.pull("tenants", lambda: self._pull_tenants(tenants))
         tenants.caches.follow(self.metrics)
+
+    def follow_replica(self, events: EventLog, forwarder: Forwarder) -> None:
+        """Read what passes between this server and the other replicas at each scrape."""
+
+        def pull() -> None:
+            metrics, follow = self.metrics, self._follower.follow
+            follow(("replica", "forwarded"), forwarder.forwarded, metrics.requests_forwarded.inc)
+            follow(("replica", "unpublished"), events.unpublished, metrics.events_unpublished.inc)
+
+        self.metrics.pull("replica", pull)
 
     def _pull_loop(self) -> None:
         self.metrics.loop_lag_worst.set(self.lag.worst)

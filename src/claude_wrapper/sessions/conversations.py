@@ -283,6 +283,19 @@ class Conversations:
         self._forget(conversation)
         await self._rooms.pool.end_session(session)
 
+    def at_rest(self) -> list[Conversation]:
+        """Conversations that run no turn and have no files here."""
+        return [
+            one
+            for one in self._by_session.values()
+            if not one.busy and one.resume is None and (one.process is None or one.process.profile.tools == ())
+        ]
+
+    def let_go(self, conversation: Conversation) -> None:
+        """Forget a conversation that can be had back from the database, and give its process back."""
+        self._forget(conversation)
+        self._rooms.spawn(self._rooms.pool.end_session(conversation.session))
+
     def drop(self, conversation: Conversation) -> None:
         """Another replica holds this conversation now: its turn is stopped and its process thrown away."""
         if conversation.process is not None:

@@ -153,6 +153,13 @@ class Doors:
         if conversation is not None:
             await self._conversations.end(conversation.owner, session.id)
 
+    def give_back(self) -> list[str]:
+        """Let others have what is held here, does nothing and has no files; the sessions that are given back."""
+        given = [one for one in self._conversations.at_rest() if _fence_of(one) is not None]
+        for conversation in given:
+            self._conversations.let_go(conversation)
+        return [one.session for one in given]
+
     async def gone(self, session: str) -> None:
         """The session was deleted: the same, if it is held here."""
         conversation = self._conversations.find(session)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, NewType, Self
@@ -52,6 +52,8 @@ _NO_USAGE: Final = {
     "cache_creation_input_tokens": 0,
     "cache_read_input_tokens": 0,
 }
+POLL_SECONDS: Final = 1.0
+"""While the shared state is away a stream looks into the database this often."""
 SILENCE_SECONDS: Final = 15.0
 """After so long without a message a stream looks into the database: a lost message costs at most this delay."""
 
@@ -99,6 +101,16 @@ class Mark:
 
 class MovedOn(Exception):
     """Somebody wrote to the session meanwhile; nothing was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A model request that will have no end of its own."""
+
+    texts: int
+    """Messages of it that are in the log."""
+    end: dict[str, Any]
+    """The event that closes it, to be written."""
 
 
 class SlowReader(Exception):
@@ -257,18 +269,19 @@ class EventLog:
         rows = (await tx.execute(query.order_by(table.c.seq))).all()
         return [Stored(row.seq, row.id, row.type, row.thread_id, _whole(row.body, None)) for row in rows]
 
-    async def unfinished_request(self, tx: AsyncConnection, principal: Principal, session: str) -> list[dict[str, Any]]:
-        """What closes the model request that its server left open, as events to be written; empty: none is open."""
+    async def unfinished(self, tx: AsyncConnection, principal: Principal, session: str) -> Unfinished | None:
+        """The model request that was open when the session's server died; None: none was."""
         table = session_events
-        query = (
-            sa.select(table.c.id, table.c.type)
-            .where(owned(principal, table), table.c.session_id == session, table.c.thread_id.is_(None))
-            .where(table.c.type.in_([_REQUEST_START, _REQUEST_END]))
+        mine = sa.and_(owned(principal, table), table.c.session_id == session, table.c.thread_id.is_(None))
+        query = sa.select(table.c.seq, table.c.id, table.c.type).where(
+            mine, table.c.type.in_([_REQUEST_START, _REQUEST_END])
         )
         last = (await tx.execute(query.order_by(table.c.seq.desc()).limit(1))).first()
         if last is None or last.type == _REQUEST_END:
-            return []
-        return [{"type": _REQUEST_END, "model_request_start_id": last.id, "is_error": True, "model_usage": _NO_USAGE}]
+            return None
+        texts = sa.select(sa.func.count()).where(mine, table.c.type == "agent.message", table.c.seq > last.seq)
+        end = {"type": _REQUEST_END, "model_request_start_id": last.id, "is_error": True, "model_usage": _NO_USAGE}
+        return Unfinished((await tx.execute(texts)).scalar_one(), end)
 
     async def processed(
         self, tx: AsyncConnection, principal: Principal, session: str, events: Sequence[Stored]
@@ -366,8 +379,13 @@ class EventLog:
         """
         opened = False
         while True:
-            async with self._channels.subscribe(channel(session), buffer=BUFFER) as subscription:
-                head = await self.last_seq(principal, session)
+            async with self._listening(session) as subscription:
+                try:
+                    head = await self.last_seq(principal, session)
+                except NotFound:
+                    if opened:
+                        return
+                    raise
                 if after is None:
                     after = head
                 if after > head:
@@ -384,9 +402,22 @@ class EventLog:
                     yield item
                 if merge.over:
                     return
-                if subscription.ended is Ended.LAGGED:
+                if subscription is not None and subscription.ended is Ended.LAGGED:
                     raise SlowReader
                 after = merge.seen
+
+    @asynccontextmanager
+    async def _listening(self, session: str) -> AsyncIterator[Subscription | None]:
+        """What is published of a session; None while the shared state is away: then the database is looked into."""
+        async with AsyncExitStack() as stack:
+            subscription: Subscription | None = None
+            try:
+                subscription = await stack.enter_async_context(
+                    self._channels.subscribe(channel(session), buffer=BUFFER)
+                )
+            except StorageUnavailable as error:
+                log.warning("stream.polls", session=session, cause=error.message)
+            yield subscription
 
     async def _ask(self, session: str, nonce: str) -> None:
         try:
@@ -401,6 +432,10 @@ class EventLog:
             message = _DECODER.decode(raw)
             last = self._told = _Told(raw, message, tuple(Stored(*row) for row in message.events))
         return last
+
+    async def wait(self) -> None:
+        """Until a stream that hears nothing looks again."""
+        await self._clock.sleep(POLL_SECONDS)
 
     def nonce(self) -> str:
         """Names one reader while it asks for previews."""
@@ -446,8 +481,11 @@ class _Merge:
             if len(page) < PAGE:
                 self.seen = head  # what is left belongs to other threads
 
-    async def follow(self, subscription: Subscription) -> AsyncIterator[Stored | Preview]:
-        """Live messages until the subscription ends or the session is deleted."""
+    async def follow(self, subscription: Subscription | None) -> AsyncIterator[Stored | Preview]:
+        """Live messages until the subscription ends or the session is deleted; without one, a short wait."""
+        if subscription is None:
+            await self._log.wait()
+            return
         with _Listening(subscription) as listening:
             async for raw in subscription:
                 listening.heard()
@@ -617,8 +655,14 @@ class InFlight:
 
 @asynccontextmanager
 async def answering(channels: Channels, inflight: InFlight, session: str) -> AsyncIterator[None]:
-    """While the block runs, late joiners get the previews that they ask for."""
-    async with channels.subscribe(asks_channel(session), buffer=BUFFER) as asks:
+    """While the block runs, late joiners get the previews that they ask for; none while the shared state is away."""
+    async with AsyncExitStack() as stack:
+        try:
+            asks = await stack.enter_async_context(channels.subscribe(asks_channel(session), buffer=BUFFER))
+        except StorageUnavailable as error:
+            log.warning("previews.not_shared", session=session, cause=error.message)
+            yield
+            return
 
         async def run() -> None:
             async for nonce in asks:

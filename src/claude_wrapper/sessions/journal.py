@@ -122,6 +122,9 @@ class SessionJournal:
         """The client's events that the next turn answers."""
         self.interrupted = False
         """The client ended the running turn."""
+        self.attempt = 1
+        """How often the next turn has been begun: more than once if its servers died."""
+        self._handed_over = False
         self._books = books
         self._principal = principal
         self._conversation = conversation
@@ -183,7 +186,7 @@ class SessionJournal:
                 if turn_input.replay is None:
                     start = recorder.user(turn_input.content)
                     events += self.running_events()
-                running = {"start": start, "durable": turn_input.durable}
+                running = {"start": start, "durable": turn_input.durable, "attempt": self.attempt}
                 changes = {"status": records.RUNNING, "stop_reason": None, "turn": running}
                 stored, mark = await books.log.write_with(
                     tx, self._principal, session, events, changes, fence=self.fence
@@ -226,6 +229,7 @@ class SessionJournal:
                 called=bool(known),
             )
             self.taking, self.interrupted = (), False
+            self.attempt = 1
         return turn_input
 
     async def _check_budget(self, tx: AsyncConnection, session: Session | None) -> None:
@@ -291,6 +295,11 @@ class SessionJournal:
         if self._turn is not None:
             self._turn.translator.reused.add(tool_use_id)
 
+    def hand_over(self) -> None:
+        """The server stops: the running turn ends here without an end in the log, and another replica goes on with it."""
+        if self._turn is not None and self._turn.input.durable:
+            self._turn.lost = self._handed_over = True
+
     def given(self, tool_use_id: str) -> None:
         """The process has been given the client's answer to this call."""
         if self._turn is not None:
@@ -311,6 +320,9 @@ class SessionJournal:
         end = replace(end, interrupted=end.interrupted or self.interrupted, suspended=end.suspended or turn.lost)
         try:
             left = await turn.behind.stop()
+            if self._handed_over:
+                await turn.behind.write(left)
+                return
             unsaid = turn.translator.close().events
             if turn.session is None or turn.called or not await self._end_alone(turn, turn.session, end, left, unsaid):
                 await turn.behind.write(left)
@@ -484,7 +496,8 @@ class SessionJournal:
             if "start" in turn:
                 await records.cut_messages(tx, principal, session_id, int(turn["start"]))
             events = await records.cancel_calls(tx, principal, session_id, books.clock.now())
-            events += [*await books.log.unfinished_request(tx, principal, session_id)]
+            if (unfinished := await books.log.unfinished(tx, principal, session_id)) is not None:
+                events.append(unfinished.end)
             events += [{"type": "session.error", "error": dict(error)}, *self.idle_events(EXHAUSTED)]
             await records.change_session(
                 tx, principal, session_id, status=records.IDLE, stop_reason=dict(EXHAUSTED), turn=None

@@ -71,6 +71,8 @@ class ManagedSessions:
         self._strays: set[asyncio.Task[None]] = set()
         self.on_deleted: Callable[[Session], None] = lambda _session: None
         """Called when a session's rows are gone: what it has elsewhere goes too."""
+        self._left: set[str] = set()
+        books.own.on_free = self._call_others
         doors.on_change = self.wake
         doors.recover = self.recover
 
@@ -300,13 +302,33 @@ class ManagedSessions:
         await records.change_session(tx, principal, session.id, status=status, stop_reason=reason)
         return await self.books.log.write(tx, principal, session.id, status_events(session, reason))
 
-    async def close(self) -> None:
-        """The server stops: turns that wait for their clients let go of their processes."""
+    async def drain(self) -> None:
+        """The server is going to stop: begin no turn; returns when those that run have ended.
+
+        Sessions without files are given back as they come to rest, the others when the server has stopped.
+        """
         self._closed = True
+        for session in self.doors.give_back():
+            await self.call(None, session)
+        for runner in list(self._runners.values()):
+            runner.drain()
+        while self._tasks:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+            for session in self.doors.give_back():
+                await self.call(None, session)
+
+    async def close(self) -> None:
+        """The server stops: turns that still run are left to the other replicas."""
+        self._closed = True
+        self._left = {*self._runners}
         for runner in list(self._runners.values()):
             runner.close()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CLOSE_SECONDS)
+
+    async def _call_others(self) -> None:
+        for session in self._left:
+            await self.call(None, session)
 
     # Who runs it ------------------------------------------------------------------------------------------------------
 
@@ -393,8 +415,11 @@ class ManagedSessions:
         """Upkeep, until cancelled: sessions that have something to do and that nobody runs, most of all those whose
         replica died, are run here."""
         own = self.books.own
+        first = True
         while True:
-            await self.books.clock.sleep(own.lease_seconds / BEATS)
+            if not first:
+                await self.books.clock.sleep(own.lease_seconds / BEATS)
+            first = False
             room = _MOST_STRAYS - len(self._strays)
             if room <= 0:
                 continue

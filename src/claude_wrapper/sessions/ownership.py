@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -58,6 +58,8 @@ class Ownership:
         self.lease_seconds = lease_seconds
         self.on_lost: Callable[[str, int], None] = lambda _session, _fence: None
         """Called with a session that turned out to be held by another, and the fence that is worth nothing now."""
+        self.on_free: Callable[[], Awaitable[None]] = _nothing
+        """Called when everything was given back."""
         self._db = db
         self._clock = clock
         self._fences: dict[str, int] = {}
@@ -138,6 +140,13 @@ class Ownership:
             async with self._db.transaction() as tx:
                 await tx.execute(sa.update(sessions).where(sessions.c.holder == self.replica).values(holder=None))
                 await tx.execute(sa.delete(replicas).where(replicas.c.id == self.replica))
+            await self.on_free()
+
+    # tenant-scope: replicas belong to the server
+    async def living(self, replica: str) -> bool:
+        """Whether a replica counts as alive. Raises StorageUnavailable."""
+        async with self._db.read() as tx:
+            return (await tx.execute(sa.select(_alive(sa.literal(replica))))).scalar_one()
 
     # Sessions ----------------------------------------------------------------------------------------------------------
 
@@ -227,6 +236,10 @@ class Ownership:
             self.steps["lost"] += 1
             log.warning("session.lost", session=session, fence=fence)
             self.on_lost(session, fence)
+
+
+async def _nothing() -> None:
+    """Nobody waits for it."""
 
 
 async def _grant(tx: AsyncConnection, principal: Principal, session: str, replica: str) -> int | None:

@@ -179,8 +179,17 @@ async def get_held(tx: AsyncConnection, principal: Principal, session: str, fenc
 
 async def guard(tx: AsyncConnection, principal: Principal, session: str, fence: int) -> None:
     """`get_held` for writes that need nothing of the row; whatever holds its own data of a session can be given it."""
+    await _fenced(tx, principal, session, fence, lock=True)
+
+
+async def check_fence(tx: AsyncConnection, principal: Principal, session: str, fence: int) -> None:
+    """The same for those who only read: true at the moment of the question."""
+    await _fenced(tx, principal, session, fence, lock=False)
+
+
+async def _fenced(tx: AsyncConnection, principal: Principal, session: str, fence: int, *, lock: bool) -> None:
     query = sa.select(sessions.c.fence).where(owned(principal, sessions), sessions.c.id == session)
-    found = (await tx.execute(for_update(tx.dialect.name, query))).scalar()
+    found = (await tx.execute(for_update(tx.dialect.name, query) if lock else query)).scalar()
     if found is None:
         raise NotFound(f"there is no session {session}")
     if found != fence:
@@ -278,7 +287,8 @@ class CallRow:
     """custom, approval, tool, sandbox or sandbox_ask."""
     thread_id: str | None
     answer: Mapping[str, Any] | None
-    """custom and sandbox: `{content, is_error}`; approval and a denied sandbox_ask: `{result, deny_message?}`; `output` once the server ran it;
+    """custom and sandbox: `{content, is_error}`; approval and a denied sandbox_ask: `{result, deny_message?}`, with
+    `given` once the process knows that an approval's call may run; `output` once the server ran it;
     `{cancelled: true}` when nobody will answer any more."""
     answered_at: datetime | None
 
@@ -334,6 +344,13 @@ async def calls_of(
     return [CallRow(*row) for row in (await tx.execute(query)).all()]
 
 
+async def has_call(tx: AsyncConnection, principal: Principal, session: str, tool_use_id: str) -> bool:
+    """Whether this call of the model was published."""
+    table = session_calls
+    query = sa.select(table.c.event_id).where(owned(principal, table), table.c.session_id == session)
+    return (await tx.execute(query.where(table.c.tool_use_id == tool_use_id).limit(1))).first() is not None
+
+
 async def answer_call(
     tx: AsyncConnection, principal: Principal, session: str, event_id: str, *, answer: Mapping[str, Any], now: datetime
 ) -> bool:
@@ -357,6 +374,16 @@ async def release_call(tx: AsyncConnection, principal: Principal, session: str, 
         .values(kind="sandbox")
     )
     return bool(changed.rowcount)
+
+
+async def note_given(tx: AsyncConnection, principal: Principal, session: str, call: CallRow) -> None:
+    """The process is about to be told that this call is allowed: from now on it may have run."""
+    await tx.execute(
+        sa.update(session_calls)
+        .where(owned(principal, session_calls), session_calls.c.session_id == session)
+        .where(session_calls.c.event_id == call.event_id)
+        .values(answer={**(call.answer or {}), "given": True})
+    )
 
 
 async def set_output(

@@ -27,6 +27,7 @@ from claude_wrapper.sessions.journal import TURN_EVENTS, Books, SessionJournal
 from claude_wrapper.sessions.leg import Leg
 from claude_wrapper.sessions.records import CallRow, Session
 from claude_wrapper.sessions.spec import Message, OnDisconnect, TurnInput
+from claude_wrapper.sessions.takeover import MAX_ATTEMPTS, UNSURE, How, continuation
 from claude_wrapper.sessions.transcript import client_view, next_turn, resumption
 from claude_wrapper.tenancy.principal import Principal
 from claude_wrapper.wire.managed import END_TURN, EXHAUSTED, error_event
@@ -35,6 +36,8 @@ from claude_wrapper.wire.managed_tools import SANDBOX_PREFIX
 log = structlog.get_logger(__name__)
 
 INTERRUPTS: Final = ("user.interrupt",)
+_WRITTEN_SECONDS: Final = 2.0
+_WRITTEN_PAUSE: Final = 0.01
 _RAN: Final = "This call ran before the session was moved to another process. Its result was:\n"
 
 
@@ -88,11 +91,18 @@ class Runner:
         self._answers: dict[str, asyncio.Future[Mapping[str, Any]]] = {}
         self._delivered: set[str] = set()
         self._ran: dict[str, Mapping[str, Any]] = {}
+        self._unsure: frozenset[str] = frozenset()
         self._closing = False
+        self._draining = False
+
+    def drain(self) -> None:
+        """The server is going to stop: end the turn that runs, begin none, wait for no client."""
+        self._draining = True
+        self._woken.set()
 
     def close(self) -> None:
-        """The server stops: a turn that waits for the client is left in the log, without asking the model once more."""
-        self._closing = True
+        """The server stops: the turn that runs is left in the log as it is, and another replica goes on with it."""
+        self._closing = self._draining = True
         self._woken.set()
 
     @property
@@ -106,7 +116,7 @@ class Runner:
 
     async def run(self) -> None:
         """Work until there is nothing to do. Raises HeldElsewhere when another replica holds the session."""
-        while not self._closing:
+        while not self._draining:
             self._woken.clear()
             try:
                 if not await self._step() and not self._woken.is_set():
@@ -121,6 +131,7 @@ class Runner:
     async def _step(self) -> bool:
         """Do the next thing; False when there is none."""
         books, principal = self._books, self.principal
+        before = self._host.holds(self._session)
         try:
             async with books.db.read() as tx:
                 session = await records.get_session(tx, principal, self._session)
@@ -131,7 +142,6 @@ class Runner:
             return False
         if session.ended:
             return False
-        before = self._host.holds(self._session)
         conversation, journal = await self._host.open(session)
         if not before:
             return True  # what was read before the session was taken may be out of date
@@ -147,7 +157,7 @@ class Runner:
             return True
         if session.awaited:
             return False
-        if session.status == records.RUNNING and await self._resume(session, journal, conversation, calls):
+        if session.status == records.RUNNING and await self._go_on(session, journal, conversation, calls):
             return True
         queue = [one for one in queue if one.type in TURN_EVENTS or queue[0].type in TURN_EVENTS]
         if not queue:
@@ -176,6 +186,73 @@ class Runner:
         asked = next_turn(messages, content)
         journal.taking = taken
         await self._turn(session, journal, conversation, content=asked.content, past=asked.history)
+
+    async def _go_on(
+        self, session: Session, journal: SessionJournal, conversation: Conversation, calls: Sequence[CallRow]
+    ) -> bool:
+        """Go on with a turn that runs nowhere; False when there is none."""
+        if session.turn is None:  # its process was given up while it waited for the client
+            return await self._resume(session, journal, conversation, calls)
+        await self._take_over(session, journal, conversation, calls)
+        return True
+
+    async def _take_over(
+        self, session: Session, journal: SessionJournal, conversation: Conversation, calls: Sequence[CallRow]
+    ) -> None:
+        """The server that ran this turn died in it: go on from what is in the log."""
+        turn = session.turn or {}
+        attempt = int(turn.get("attempt", 1))
+        self._books.own.steps["taken_over"] += 1
+        log.warning("turn.taken_over", session=self._session, attempt=attempt, durable=bool(turn.get("durable")))
+        if not turn.get("durable"):
+            await self._host.take_back(session, journal)
+            return
+        books, principal = self._books, self.principal
+        async with books.db.transaction() as tx:
+            await records.guard(tx, principal, self._session, journal.fence)
+            messages = await records.load_messages(tx, principal, self._session)
+            unfinished = await books.log.unfinished(tx, principal, self._session)
+            found = continuation(messages, calls, texts=None if unfinished is None else unfinished.texts)
+            await records.cut_messages(tx, principal, self._session, found.position)
+            if found.last is not None:
+                await records.save_messages(tx, principal, self._session, {found.position - 1: found.last})
+            events = [] if unfinished is None else [unfinished.end]
+            events.append({"type": "session.status_rescheduled"})
+            stored = await books.log.write(tx, principal, self._session, events, fence=journal.fence)
+        await books.log.publish(self._session, stored)
+        if found.how is How.FINISHED:
+            await self._finish(session, journal)
+        elif attempt >= MAX_ATTEMPTS:
+            await self._lost(journal)
+        else:
+            journal.attempt = attempt + 1
+            self._ran, self._unsure = dict(found.ran), found.unsure
+            self._delivered.clear()
+            self._answers.clear()
+            await self._turn(
+                session,
+                journal,
+                conversation,
+                content=found.content,
+                past=found.history,
+                replay=found.replayed,
+            )
+
+    async def _finish(self, session: Session, journal: SessionJournal) -> None:
+        """The turn had said everything when its server died: write its end."""
+        books, principal = self._books, self.principal
+        async with books.db.transaction() as tx:
+            await records.guard(tx, principal, self._session, journal.fence)
+            waiting = await books.log.queued(tx, principal, self._session, TURN_EVENTS)
+            values: dict[str, Any] = {"status": records.RUNNING, "stop_reason": None, "turn": None}
+            events: list[dict[str, Any]] = []
+            if not waiting:
+                values |= {"status": records.IDLE, "stop_reason": dict(END_TURN)}
+                usage = {"type": "session.usage", "usage": session.usage, "budget": session.budget}
+                events = [usage, *journal.idle_events(END_TURN)]
+            await records.change_session(tx, principal, self._session, **values)
+            stored = await books.log.write(tx, principal, self._session, events, fence=journal.fence)
+        await books.log.publish(self._session, stored)
 
     async def _resume(
         self,
@@ -231,9 +308,10 @@ class Runner:
             await self._refuse(journal, error)
             return
         spec = made.spec
-        if replay is not None and self._ran:
+        if replay is not None and (self._ran or self._unsure):
             # What has run already must be asked about, so that it does not run again.
-            names = {str(block.get("name")) for block in replay if str(block.get("id")) in self._ran}
+            past_calls = {*self._ran, *self._unsure}
+            names = {str(block.get("name")) for block in replay if str(block.get("id")) in past_calls}
             spec = replace(spec, asked_tools=spec.asked_tools | names)
         seconds = self._settings.turn_seconds or made.turn_seconds
         turn_input = TurnInput(
@@ -247,12 +325,12 @@ class Runner:
             overrides=made.overrides if credential.kind is CredentialKind.API_KEY else {},
             on_disconnect=OnDisconnect.CONTINUE,
             turn_seconds=seconds,
-            approve=self._approver(made),
+            approve=self._approver(made, journal),
             durable=True,
             replay=replay,
         )
         leg = conversation.submit(turn_input)
-        attending = asyncio.get_running_loop().create_task(self._attend(conversation, journal, leg, seconds))
+        attending = asyncio.get_running_loop().create_task(self._attending(conversation, journal, leg, seconds))
         try:
             with contextlib.suppress(WrapperError):  # the journal has written what went wrong
                 async for _ in leg.items():
@@ -263,9 +341,13 @@ class Runner:
             await asyncio.wait({attending})
             self._answers.clear()
             self._delivered.clear()
-            self._ran = {}
+            self._ran, self._unsure = {}, frozenset()
 
     # While a turn runs ------------------------------------------------------------------------------------------------
+
+    async def _attending(self, conversation: Conversation, journal: SessionJournal, leg: Leg, seconds: float) -> None:
+        with contextlib.suppress(LeaseLost):  # the journal finds out with its next write, and ends the turn
+            await self._attend(conversation, journal, leg, seconds)
 
     async def _attend(self, conversation: Conversation, journal: SessionJournal, leg: Leg, seconds: float) -> None:
         """Hand over what the client sends during the turn; give the process up when it waits too long."""
@@ -282,14 +364,18 @@ class Runner:
                 waiting = False
                 continue
             self._woken.clear()
-            if self._closing and waiting:
+            if self._closing and not waiting:
+                journal.hand_over()
+                if not leg.started.done():
+                    leg.hang_up()
+            if self._closing or (self._draining and waiting):
                 await conversation.suspend()
             async with self._books.db.read() as tx:
                 session = await records.get_session(tx, self.principal, self._session)
                 interrupts = await self._books.log.queued(tx, self.principal, self._session, INTERRUPTS)
                 calls = await records.calls_of(tx, self.principal, self._session)
             if leg.started.done():  # before that, no process is there to be told
-                self._deliver(conversation, journal, calls)
+                await self._deliver(conversation, journal, calls)
             if waiting and not session.awaited:
                 conversation.allow_seconds(seconds)
             waiting = bool(session.awaited)
@@ -307,10 +393,18 @@ class Runner:
         with contextlib.suppress(WrapperError):
             await conversation.interrupt()
 
-    def _deliver(self, conversation: Conversation, journal: SessionJournal, calls: Sequence[CallRow]) -> None:
+    async def _deliver(self, conversation: Conversation, journal: SessionJournal, calls: Sequence[CallRow]) -> None:
         for call in calls:
             if call.answer is None or call.tool_use_id in self._delivered or call.kind == "tool":
                 continue
+            if (
+                call.kind == "approval"
+                and call.answer.get("result") == "allow"
+                and not call.answer.keys() & {"given", "output"}
+            ):
+                async with self._books.db.transaction() as tx:
+                    await records.guard(tx, self.principal, self._session, journal.fence)
+                    await records.note_given(tx, self.principal, self._session, call)
             self._delivered.add(call.tool_use_id)
             journal.given(call.tool_use_id)
             if call.kind in records.CLIENT_KINDS:
@@ -325,11 +419,15 @@ class Runner:
             self._answers[tool_use_id] = asyncio.get_running_loop().create_future()
         return self._answers[tool_use_id]
 
-    def _approver(self, made: Setup) -> Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]:
+    def _approver(
+        self, made: Setup, journal: SessionJournal
+    ) -> Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]:
         async def approve(request: dict[str, Any]) -> dict[str, Any]:
             tool_use_id, name = str(request.get("tool_use_id")), str(request.get("tool_name"))
             if tool_use_id in self._ran:
                 return {"behavior": "deny", "message": _RAN + _text_of(self._ran[tool_use_id])}
+            if tool_use_id in self._unsure:
+                return {"behavior": "deny", "message": UNSURE}
             verdict = made.decide(name, request.get("input"))
             if verdict == DENY:
                 return {"behavior": "deny", "message": f"The tool {name} is not enabled for this agent."}
@@ -338,9 +436,32 @@ class Runner:
                 if answer.get("result") != "allow":
                     reason = answer.get("deny_message") or "The user does not allow this call."
                     return {"behavior": "deny", "message": str(reason)}
+            else:
+                try:
+                    await self._written(journal, tool_use_id)
+                except (LeaseLost, NotFound):
+                    return {"behavior": "deny", "message": "Another server goes on with this session."}
             return {"behavior": "allow", "updatedInput": request.get("input", {})}
 
         return approve
+
+    async def _written(self, journal: SessionJournal, tool_use_id: str) -> None:
+        """Wait until the call is in the log: what may have run can be known there, whenever this server dies.
+
+        Raises LeaseLost when another replica holds the session. A call that the log does not get (a sub-agent's that
+        the CLI does not tell of) is not waited for long.
+        """
+        clock = self._books.clock
+        until = clock.monotonic() + _WRITTEN_SECONDS
+        while True:
+            async with self._books.db.read() as tx:
+                await records.check_fence(tx, self.principal, self._session, journal.fence)
+                if await records.has_call(tx, self.principal, self._session, tool_use_id):
+                    return
+            if clock.monotonic() >= until:
+                log.info("call.not_written", session=self._session, tool_use_id=tool_use_id)
+                return
+            await clock.sleep(_WRITTEN_PAUSE)
 
     # Interrupts and losses --------------------------------------------------------------------------------------------
 
@@ -355,19 +476,22 @@ class Runner:
             await conversation.interrupt()
 
     async def _interrupt_idle(self, session: Session, journal: SessionJournal, interrupts: Sequence[Stored]) -> None:
-        """Nothing runs here: an interrupt only ends the wait for the client's answers."""
+        """Nothing runs here: an interrupt only ends the wait for the client's answers, or the turn of a dead server."""
         books = self._books
         stored: list[Stored] = []
+        events: list[dict[str, Any]] = []
         async with books.db.transaction() as tx:
             await records.guard(tx, self.principal, self._session, journal.fence)
             await books.log.processed(tx, self.principal, self._session, interrupts)
-            if session.awaited:
-                ended = await records.cancel_calls(tx, self.principal, self._session, books.clock.now())
+            if session.awaited or session.turn is not None:
+                if (unfinished := await books.log.unfinished(tx, self.principal, self._session)) is not None:
+                    events.append(unfinished.end)
+                events += await records.cancel_calls(tx, self.principal, self._session, books.clock.now())
                 await records.change_session(
                     tx, self.principal, self._session, status=records.IDLE, stop_reason=dict(END_TURN), turn=None
                 )
-                ended += journal.idle_events(END_TURN)
-                stored = await books.log.write(tx, self.principal, self._session, ended)
+                events += journal.idle_events(END_TURN)
+                stored = await books.log.write(tx, self.principal, self._session, events, fence=journal.fence)
         await books.log.publish(self._session, stored)
 
     async def _answer_parked(self, conversation: Conversation, calls: Sequence[CallRow]) -> None:

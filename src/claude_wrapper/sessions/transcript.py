@@ -41,7 +41,7 @@ class Recorder:
         message = decoded.get("message")
         if not isinstance(message, Mapping):
             return None
-        blocks = [block for block in _blocks(message.get("content")) if block.get("type")]
+        blocks = [block for block in blocks_of(message.get("content")) if block.get("type")]
         if frame.type == "assistant":
             if message.get("model") == SYNTHETIC_MODEL or decoded.get("is_api_error_message"):
                 return None
@@ -58,7 +58,7 @@ class Recorder:
         grows = last is not None and last.role == role and (role == "user" or model_message == self._assistant)
         self._assistant = model_message
         if grows and last is not None:
-            self.messages[-1] = Message(role, [*_blocks(last.content), *blocks])
+            self.messages[-1] = Message(role, [*blocks_of(last.content), *blocks])
         else:
             self.messages.append(Message(role, blocks))
         return len(self.messages) - 1
@@ -81,7 +81,7 @@ def next_turn(messages: Sequence[Message], content: Content) -> Next:
     past = list(messages)
     before: list[dict[str, Any]] = []
     while past and past[-1].role == "user":
-        before = [*_blocks(past.pop().content), *before]
+        before = [*blocks_of(past.pop().content), *before]
     given = {str(block.get("tool_use_id")) for block in before}
     missing = [call for call in calls_in(past[-1]) if call not in given] if past else []
     closing = [{"type": "tool_result", "tool_use_id": call, "content": LOST, "is_error": True} for call in missing]
@@ -90,7 +90,7 @@ def next_turn(messages: Sequence[Message], content: Content) -> Next:
     # Results come first in a message, as the API wants it.
     results = [block for block in before if block.get("type") == "tool_result"]
     rest = [block for block in before if block.get("type") != "tool_result"]
-    return Next(tuple(past), [*closing, *results, *rest, *_blocks(content)])
+    return Next(tuple(past), [*closing, *results, *rest, *blocks_of(content)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +112,18 @@ def resumption(messages: Sequence[Message]) -> Resumption | None:
         at -= 1
     if at < 1 or messages[at].role != "assistant" or not calls_in(messages[at]):
         return None
-    answered = {str(block.get("tool_use_id")) for one in messages[at + 1 :] for block in _blocks(one.content)}
+    answered = {str(block.get("tool_use_id")) for one in messages[at + 1 :] for block in blocks_of(one.content)}
     if set(calls_in(messages[at])) <= answered:
         return None
-    before = next_turn(messages[: at - 1], messages[at - 1].content) if messages[at - 1].role == "user" else None
-    if before is None:
+    return replay_of(messages, at)
+
+
+def replay_of(messages: Sequence[Message], at: int) -> Resumption | None:
+    """How to have the model message at this position said again; None: no message of the user is before it."""
+    if at < 1 or messages[at - 1].role != "user":
         return None
-    return Resumption(before.history, before.content, _blocks(messages[at].content), at)
+    before = next_turn(messages[: at - 1], messages[at - 1].content)
+    return Resumption(before.history, before.content, blocks_of(messages[at].content), at)
 
 
 def client_view(messages: Sequence[Message]) -> list[Message]:
@@ -127,7 +132,7 @@ def client_view(messages: Sequence[Message]) -> list[Message]:
     shown: list[Message] = []
     for message in messages:
         blocks: list[dict[str, Any]] = []
-        for block in _blocks(message.content):
+        for block in blocks_of(message.content):
             kind = block.get("type")
             if kind == "tool_use":
                 name = str(block.get("name"))
@@ -150,7 +155,7 @@ def calls_in(message: Message) -> list[str]:
     """Ids of the tool calls of a model message."""
     if message.role != "assistant":
         return []
-    return [str(block.get("id")) for block in _blocks(message.content) if block.get("type") == "tool_use"]
+    return [str(block.get("id")) for block in blocks_of(message.content) if block.get("type") == "tool_use"]
 
 
 def names_in(blocks: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -159,11 +164,12 @@ def names_in(blocks: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _only_results(message: Message) -> bool:
-    blocks = _blocks(message.content)
+    blocks = blocks_of(message.content)
     return bool(blocks) and all(block.get("type") == "tool_result" for block in blocks)
 
 
-def _blocks(content: Any) -> list[dict[str, Any]]:
+def blocks_of(content: Any) -> list[dict[str, Any]]:
+    """The content of a message as blocks."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
     return [block for block in content if isinstance(block, dict)] if isinstance(content, list) else []

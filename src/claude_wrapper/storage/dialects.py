@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.url import URL, make_url
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import TypeDecorator
@@ -122,6 +123,12 @@ def _now_ms_sqlite(element: now_ms, compiler: Any, **kw: Any) -> str:
 @compiles(now_ms, POSTGRES)
 def _now_ms_postgres(element: now_ms, compiler: Any, **kw: Any) -> str:
     return "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)"
+
+
+async def one_at_a_time(tx: AsyncConnection, name: str) -> None:
+    """Until this transaction ends, others that ask for the same name wait. SQLite has one writer anyway."""
+    if tx.dialect.name == POSTGRES:
+        await tx.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"claude-wrapper {name}"})
 
 
 def _driver_error(error: sa.exc.DBAPIError) -> BaseException:

@@ -233,6 +233,13 @@ class Metrics:
         )
         self.turn_events = make.histogram("turn_events", "Events that one turn produced.", _EVENTS)
         self.sessions = make.gauge("sessions", "Conversations that this replica holds.", state=SESSION_STATES)
+        self.requests_forwarded = make.counter(
+            "requests_forwarded_total", "Requests that the replica which holds their session answered."
+        )
+        self.events_unpublished = make.counter(
+            "session_events_unpublished_total",
+            "Batches of events or previews that no stream was told of because the shared state was away.",
+        )
 
     def _upstream(self, make: Declarations, models: tuple[str, ...]) -> None:
         seen = ("200", "400", "401", "429", "500", "529")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from claude_wrapper.storage.dialects import one_at_a_time
 from claude_wrapper.storage.tables.tenancy import api_keys, organizations
 from claude_wrapper.tenancy.apikeys import create_operator_key
 from claude_wrapper.tenancy.audit import Scribe
@@ -32,9 +33,9 @@ async def ensure_operator(
 ) -> Bootstrapped:
     """Make sure that the operator has a staff organisation and a live key; with `new_key`, make another one.
 
-    Safe to call at every start: a second call changes nothing. Two replicas that start at once on Postgres may both
-    make one; the oldest is used from then on.
+    Safe to call at every start, by several replicas at once: a second call changes nothing.
     """
+    await one_at_a_time(tx, "operator")
     boss = operator()
     live = (
         sa.select(api_keys.c.id, api_keys.c.org_id)

@@ -94,6 +94,7 @@ async def event_stream(call: Call, thread_id: str | None) -> Response:
         call.principal, session.id, after=_after(call), previews=bool(deltas), thread_id=thread_id
     )
     await anext(stream)
+    call.request.scope["not_waited_for"]()  # it ends when its client goes: a server that stops cuts it, without loss
     return sse.EventStream(_frames(stream, deltas, errors.request_id_of(call.request)))
 
 
