@@ -121,6 +121,7 @@ async def _launch(column: Column, root: Path) -> float:
 async def _round(column: Column, broker: Broker, upstream: str, slots: Path, *, into: _Samples, turns: int) -> None:
     uid = _UIDS.first if column.own_uid else None
     factory = ProcessFactory(
+        loop_disks=column.disks,
         cli=await asyncio.to_thread(reachable_cli, locate_cli(), slots.parent / "cli", uid),
         slots_dir=slots,
         sandbox=column.sandbox,

@@ -134,6 +134,7 @@ async def _stage(column: Column, base: Path) -> AsyncIterator[_Stage]:
             slots_dir=made.slots,
             sandbox=column.sandbox,
             limits=LIMITS,
+            loop_disks=column.disks,
             broker=broker,
             settings=AgentSettings(),
             default_model=MODEL,

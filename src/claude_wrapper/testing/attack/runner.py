@@ -19,6 +19,8 @@ from claude_wrapper.testing.attack.scenery import Scenery, scenery, start
 VICTIM = 300_100  # outside of the default range, so that a server beside this run is not disturbed
 ATTACKERS = VICTIM + 1
 """The first of one uid per attack: processes of an attack count against its uid until init has reaped them."""
+QUOTA = "quota"
+"""The fact of a disk of its own for each slot."""
 _SECONDS = 60.0
 _PYTHONS = ("/usr/bin/python3", "/usr/local/bin/python3")
 
@@ -31,6 +33,15 @@ class Column:
     sandbox: Sandbox
     own_uid: bool
     facts: frozenset[str]
+
+    @property
+    def disks(self) -> bool:
+        """Slots have a disk of their own."""
+        return QUOTA in self.facts
+
+    def meets(self, attack: Attack) -> bool:
+        """Whether the attack says something here that it does not say in the column without disks."""
+        return not self.disks or any(QUOTA in condition for condition in attack.holds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +64,17 @@ def promised(attack: Attack, facts: frozenset[str]) -> bool:
 
 
 def columns(report: HostReport) -> Iterator[Column]:
-    """Every level that the host offers, with own uids and without, strongest first."""
+    """Every level that the host offers, with own uids and without, strongest first; the strongest also with disks."""
     present = frozenset(found.name for found in report.findings if found.present and found.name.startswith("cgroup"))
     for level in (Level.BWRAP, Level.RESTRICTED, Level.NONE):
         if level in report.unavailable:
             continue
         if level is not Level.NONE and report.uids:
-            yield Column(level, choose(level, None, report), own_uid=True, facts=present | {level.value, "uid"})
+            facts = present | {level.value, "uid"}
+            yield Column(level, choose(level, None, report), own_uid=True, facts=facts)
+            if level is Level.BWRAP and report.finding("loop_disk").present:
+                label = f"{level}, own disk"
+                yield Column(label, choose(level, None, report), own_uid=True, facts=facts | {QUOTA})
         label = "none" if level is Level.NONE else f"{level}, server's uid"
         if level is Level.RESTRICTED and not report.landlock_abi:
             continue
@@ -176,7 +191,7 @@ def table(outcomes: list[Outcome], attacks: tuple[Attack, ...] = ATTACKS) -> str
     found = {(outcome.attack, outcome.column): outcome for outcome in outcomes}
     lines = ["| attack | " + " | ".join(labels) + " |", "|---|" + "---|" * len(labels)]
     for attack in attacks:
-        marks = [_mark(found[attack.name, label]) for label in labels]
+        marks = [_mark(found[attack.name, label]) if (attack.name, label) in found else "" for label in labels]
         lines.append(f"| {attack.name} | " + " | ".join(marks) + " |")
     return "\n".join(lines)
 
