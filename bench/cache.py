@@ -10,7 +10,7 @@
 * 5 %: the model list.
 
 The scripted upstream thinks for 300 ms before an answer and 100 ms before a count. The same requests in the same order
-are asked twice: with `cw-cache: bypass`, and with the cache. Real CLI, real HTTP, four callers at once.
+are asked twice, on a server each: with `cw-cache: bypass`, and with the cache. Real CLI, real HTTP, four callers at once.
 """
 
 from __future__ import annotations
@@ -123,9 +123,8 @@ async def _run(http: aiohttp.ClientSession, requests: Sequence[Request], headers
     return done
 
 
-async def measure(count: int) -> dict[str, Any]:
-    """The figures, as one JSON object."""
-    requests = mix(count)
+async def _on_a_server(requests: Sequence[Request], headers: dict[str, str]) -> tuple[list[Any], int, str]:
+    """The answers, the calls upstream and the metrics, on a server of its own: its pool is as empty for everybody."""
     with tempfile.TemporaryDirectory(prefix="cw-bench-") as name:
         directory = Path(name)
         directory.chmod(0o711)
@@ -134,12 +133,16 @@ async def measure(count: int) -> dict[str, Any]:
                 assert response.status == 200
             await _run(http, requests[:CALLERS], {"cw-cache": "bypass"})  # the first turns of processes are slower
             before = len(upstream.requests)
-            without = await _run(http, requests, {"cw-cache": "bypass"})
-            between = len(upstream.requests)
-            cached = await _run(http, requests, {})
-            after = len(upstream.requests)
+            done = await _run(http, requests, headers)
             async with http.get("/metrics") as response:
-                metrics = await response.text()
+                return done, len(upstream.requests) - before, await response.text()
+
+
+async def measure(count: int) -> dict[str, Any]:
+    """The figures, as one JSON object."""
+    requests = mix(count)
+    without, calls_without, _ = await _on_a_server(requests, {"cw-cache": "bypass"})
+    cached, calls_with, metrics = await _on_a_server(requests, {})
     hits = [seconds for _, said, seconds in cached if said == "hit"]
     may = [said for request, said, _ in cached if request.kind != "chat"]
     return {
@@ -149,11 +152,10 @@ async def measure(count: int) -> dict[str, Any]:
         },
         "hit_rate": len(hits) / count,
         "hit_rate_of_what_may_hit": may.count("hit") / len(may),
-        "upstream_calls_without": between - before,
-        "upstream_calls_with": after - between,
+        "upstream_calls_without": calls_without,
+        "upstream_calls_with": calls_with,
         "saved_tokens": _metric(metrics, "cache_saved_tokens_total"),
         "saved_dollars": _metric(metrics, "cache_saved_dollars_total"),
-        "used_tokens_with_and_without": _metric(metrics, "tokens_total"),
         "without_ms": [1000 * seconds for _, _, seconds in without],
         "with_ms": [1000 * seconds for _, _, seconds in cached],
         "answer_hit_ms": [1000 * s for one, said, s in cached if said == "hit" and one.kind == "deterministic"],
