@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,10 @@ class Replica:
 
 
 @contextlib.asynccontextmanager
-async def replica(directory: Path, upstream: ScriptedUpstream, **settings: Any) -> AsyncIterator[Replica]:
-    """A running replica; killed at the end if it still runs."""
+async def replica(
+    directory: Path, upstream: ScriptedUpstream, *, environment: Mapping[str, str] | None = None, **settings: Any
+) -> AsyncIterator[Replica]:
+    """A running replica; killed at the end if it still runs. `environment`: variables beside its settings."""
     directory.mkdir(exist_ok=True)
     directory.chmod(0o711)
     values = {
@@ -65,11 +67,11 @@ async def replica(directory: Path, upstream: ScriptedUpstream, **settings: Any) 
         **SHARED,
         **settings,
     }
-    environment = {"PATH": os.environ["PATH"], "HOME": str(directory)}
-    environment |= {f"CLAUDE_WRAPPER_{name.upper()}": str(value) for name, value in values.items()}
+    variables = {"PATH": os.environ["PATH"], "HOME": str(directory), **(environment or {})}
+    variables |= {f"CLAUDE_WRAPPER_{name.upper()}": str(value) for name, value in values.items()}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "claude_wrapper.cli", "serve",
-        env=environment, stdout=asyncio.subprocess.PIPE, stderr=(directory / "log").open("ab"), start_new_session=True,
+        env=variables, stdout=asyncio.subprocess.PIPE, stderr=(directory / "log").open("ab"), start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
     try:
