@@ -112,7 +112,9 @@ async def test_a_killed_holders_turns_go_on_and_are_said_once(world: World) -> N
         await turn(before, session, message("remember the plum"))
         await say_named(before, "remember the fig")
         seen: list[Any] = []
-        named = asyncio.ensure_future(say_named(after, "[[recall]] [[hang 1]] [[once]]"))  # forwarded to the old one
+        named = asyncio.ensure_future(
+            say_named(after, "[[recall]] [[hang 1]] [[once]] named")
+        )  # forwarded to the old one
         async with await before.beta.sessions.events.stream(session) as stream:
             await say(before, session, "[[recall]] [[hang 1]] [[once]]")
             await world.upstream.wait_for(4)
