@@ -13,6 +13,7 @@ from claude_wrapper.config import Settings, documentation, load
 from claude_wrapper.errors import ConfigurationError, WrapperError
 
 ROOT = Path(__file__).parents[2]
+LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#]+)")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -34,8 +35,18 @@ def test_every_error_code_has_a_row_in_the_dialect_table() -> None:
 
 def test_every_link_between_documents_leads_somewhere() -> None:
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
-        for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text(encoding="utf-8")):
+        for target in LINK.findall(page.read_text("utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_linked_from_the_readme_or_from_a_page_that_is() -> None:
+    pages = {*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")}
+    found, new = set(), {ROOT / "README.md"}
+    while new:
+        found |= new
+        links = {(page.parent / one).resolve() for page in new for one in LINK.findall(page.read_text("utf-8"))}
+        new = (links & pages) - found
+    assert sorted(str(page.relative_to(ROOT)) for page in pages - found) == []
 
 
 def test_an_unknown_setting_is_an_error_that_names_it() -> None:
