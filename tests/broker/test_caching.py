@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.world import Process, World, binding, credential, request_body, turn
-from claude_wrapper.broker.calls import CacheTerms, CacheUse
+from claude_wrapper.broker.calls import CacheTerms, CacheUse, Standby
 from claude_wrapper.broker.keeping import Caching, Ways, answer_may_be_kept, canonical_body, key_of
 from claude_wrapper.broker.policy import Kind, Route
 from claude_wrapper.storage.cache import Bounds, Cache, MemoryStore
@@ -220,6 +220,25 @@ async def test_broken_and_failed_answers_are_not_kept_and_not_shared(caching_wor
         assert answer.status == 200
         with pytest.raises(Exception, match=r"payload|Connection|Response"):
             await answer.read()
+    assert await store.size() == 0
+
+
+async def test_what_a_stand_in_answers_is_not_kept_in_the_place_of_whom_it_stood_in_for(
+    caching_world: tuple[World, MemoryStore],
+) -> None:
+    # Somebody's own credential may lead to a server of theirs, whose answers must not become those of the first upstream.
+    world, store = caching_world
+    world.upstream.api_keys = {"sk-second"}
+    second = credential(world.upstream.url + "/", id="cred_2", secret="sk-second")  # noqa: S106 - invented
+    process = await _process(world)
+    bound = process.endpoint.binding
+    assert bound is not None
+    first = dataclasses.replace(bound.credential, standby=Standby(credentials=(second,)))
+    await process.endpoint.end()
+    process.endpoint.bind(dataclasses.replace(bound, credential=first))
+    process.endpoint.begin(turn(cache=CacheUse.REFRESH))
+    await _ask(process)
+    assert world.upstream.count == 2
     assert await store.size() == 0
 
 

@@ -166,8 +166,13 @@ class Exchange:
         return True
 
     def _worth_keeping(self) -> bool:
-        """Only whole answers of the model that was asked for, which did not end in the middle of something."""
-        return self._complete and self._status == 200 and self._asking.asked.model == self._order.model
+        """Only whole answers of the model that was asked for, which did not end in the middle of something.
+
+        And only by the credential whose upstream the place is named after: a stand-in's may be anybody's server.
+        """
+        asked, order = self._asking.asked, self._order
+        meant = asked.model == order.model and asked.credential.id == order.binding.credential.id
+        return self._complete and self._status == 200 and meant
 
     def _note(self, name: str, value: str) -> None:
         """Tell the caller of the turn's own request."""
