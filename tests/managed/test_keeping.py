@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -9,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from claude_wrapper.agent.launch import transcript_path
+from claude_wrapper.sessions import clitranscripts
 from claude_wrapper.sessions.clitranscripts import has_transcript, put_transcript
 from claude_wrapper.sessions.keeping import differences, resumable
 from claude_wrapper.sessions.snapshots import Position, Restored, Snapshot
@@ -78,6 +80,25 @@ def test_a_transcript_moves_to_where_the_next_process_looks(tmp_path: Path) -> N
     assert put_transcript(tmp_path, UUID, there), "it is there already"
     assert has_transcript(tmp_path, UUID, last="last")
     assert not has_transcript(tmp_path, UUID, last="of another turn")
+
+
+def test_more_directories_than_the_server_may_open_are_not_held_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _home(tmp_path, "/work")
+    for number in range(20):
+        (tmp_path / ".claude" / "projects" / f"!{number}").mkdir()  # all of them are looked into first
+    before, most = len(os.listdir("/proc/self/fd")), 0
+    names = clitranscripts._is_file
+
+    def counted(name: str, directory: int) -> bool:
+        nonlocal most
+        most = max(most, len(os.listdir("/proc/self/fd")))
+        return names(name, directory)
+
+    monkeypatch.setattr(clitranscripts, "_is_file", counted)
+    assert has_transcript(tmp_path, UUID, last="last")
+    assert most - before < 5
 
 
 def test_links_of_a_tenant_lead_nowhere(tmp_path: Path) -> None:

@@ -90,18 +90,27 @@ def _projects(home: Path) -> Iterator[int | None]:
 def _transcript(home: Path, uuid: str) -> Iterator[tuple[int, str] | None]:
     """The directory that holds the transcript, and its name there. No link is followed."""
     name = f"{uuid}.jsonl"
-    with _projects(home) as projects, contextlib.ExitStack() as stack:
+    with _projects(home) as projects:
         for project in _names(projects) if projects is not None else ():
             try:
                 directory = os.open(project, _DIRECTORY, dir_fd=projects)
             except OSError:
                 continue  # not a directory
-            stack.callback(os.close, directory)
-            with contextlib.suppress(OSError):
-                if stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+            # Closed before the next one is opened: there may be more of them than the server may hold open.
+            try:
+                if _is_file(name, directory):
                     yield directory, name
                     return
+            finally:
+                os.close(directory)
         yield None
+
+
+def _is_file(name: str, directory: int) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
 
 
 def _names(directory: int) -> list[str]:
