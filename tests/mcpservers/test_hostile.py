@@ -95,6 +95,7 @@ async def flood(request: web.Request) -> web.StreamResponse:
         ("flood", Outcome.TOO_LARGE, "larger than"),
         ("private", Outcome.FORBIDDEN, "private"),
         ("moved", Outcome.STATUS, "302"),
+        ("nowhere", Outcome.UNREACHABLE, "no URL"),
         ("denied", Outcome.AUTHENTICATION, "needs a credential"),
         ("broken", Outcome.PROTOCOL, "JSON-RPC"),
         ("refused", Outcome.PROTOCOL, "not today"),
@@ -106,6 +107,8 @@ async def test_a_hostile_server_fails_within_its_bounds_and_says_how(
     async def answer(request: web.Request) -> web.StreamResponse:
         if how == "private":
             return web.Response(status=307, headers={"location": "http://169.254.169.254/latest"})
+        if how == "nowhere":
+            return web.Response(status=307, headers={"location": "http://[::1"})
         if how == "moved":
             return web.Response(status=302, headers={"location": "/other"})
         if how == "denied":
@@ -123,7 +126,7 @@ async def test_a_hostile_server_fails_within_its_bounds_and_says_how(
         assert failed.value.outcome is outcome
         found = await probe(servers, OWNER, at(far))
         assert found["error"]["type"] == outcome.value
-        assert found["reachable"] == (outcome not in {Outcome.TIMEOUT, Outcome.FORBIDDEN})
+        assert found["reachable"] == (outcome not in {Outcome.TIMEOUT, Outcome.FORBIDDEN, Outcome.UNREACHABLE})
         assert found["status"] == ("needs_auth" if how == "denied" else "failed")
 
 

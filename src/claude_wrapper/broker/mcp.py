@@ -254,7 +254,10 @@ def _redirected(answer: Answer, url: URL, method: str) -> URL | None:
     location = answer.headers.get("location")
     if not keeps or not location:
         return None
-    target = url.join(URL(location))
+    try:
+        target = url.join(URL(location))
+    except ValueError:
+        raise UpstreamUnavailable("the MCP server redirects to something that is no URL") from None
     if url.scheme == "https" and target.scheme != "https":
         raise PermissionDenied("the MCP server redirects from https to http")
     return target
