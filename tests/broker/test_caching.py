@@ -229,7 +229,7 @@ async def test_what_a_stand_in_answers_is_not_kept_in_the_place_of_whom_it_stood
     # Somebody's own credential may lead to a server of theirs, whose answers must not become those of the first upstream.
     world, store = caching_world
     world.upstream.api_keys = {"sk-second"}
-    second = credential(world.upstream.url + "/", id="cred_2", secret="sk-second")  # noqa: S106 - invented
+    second = credential(world.upstream.url + "/", id="cred_2", secret="sk-second")
     process = await _process(world)
     bound = process.endpoint.binding
     assert bound is not None

@@ -16,7 +16,14 @@ import msgspec
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from claude_wrapper.errors import Conflict, HeldElsewhere, InvalidRequest, NotFound, StorageUnavailable
+from claude_wrapper.errors import (
+    Conflict,
+    HeldElsewhere,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    StorageUnavailable,
+)
 from claude_wrapper.ids import EVENT, SESSION
 from claude_wrapper.sessions import mounts, records
 from claude_wrapper.sessions.askers import acting, asking, noted
@@ -81,6 +88,7 @@ class ManagedSessions:
     async def create(self, principal: Principal, new: NewSession) -> Session:
         """A session, idle; its initial events start it at once. Needs `write:sessions`."""
         principal.require(WRITE)
+        _require_model(principal, new.agent)
         books = self.books
         now = books.clock.now()
         session_id, thread = books.ids.new(SESSION), books.ids.new("sthr")
@@ -224,6 +232,7 @@ class ManagedSessions:
             queued = False
             if kind in {"user.message", "user.define_outcome"}:
                 queued = True
+                _require_model(principal, session.agent)
                 require_budget(session.id, session.budget, session.usage)
                 if len(waiting) + index >= MAX_QUEUED:
                     raise Conflict(f"session {session.id}: {MAX_QUEUED} messages are waiting already")
@@ -490,6 +499,13 @@ def _changes(present: Session, fields: Fields) -> dict[str, Any]:
             raise Conflict(f"session {present.id} is running: its agent can be changed once it is idle")
         values["agent"] = _agent_with(present, fields.object("agent"))
     return values
+
+
+def _require_model(principal: Principal, agent: Mapping[str, Any]) -> None:
+    """Raises PermissionDenied for a key that may not use the agent's model."""
+    name = str((agent.get("model") or {}).get("id", ""))
+    if name and not principal.may_use(name):
+        raise PermissionDenied(f"agent.model: this key may not use {name}")
 
 
 def _agent_with(present: Session, fields: Fields) -> Mapping[str, Any]:

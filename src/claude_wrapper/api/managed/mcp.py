@@ -45,7 +45,9 @@ async def probe_mcp_server(call: Call) -> Response:
             await require_usable(tx, call.principal, spec.vault_ids, "vault_ids")
 
         await call.read(work)
-    return answer(await probe(call.deps.remotes, owner_of(call.principal), spec))
+    # It holds a connection for seconds: it counts against the caller's limits while it lasts.
+    async with call.deps.tenants.admission.admit(call.principal):
+        return answer(await probe(call.deps.remotes, owner_of(call.principal), spec))
 
 
 def _spec(fields: Fields) -> RemoteSpec:

@@ -15,7 +15,7 @@ from claude_wrapper.errors import Conflict, InvalidRequest
 from claude_wrapper.sessions import mounts, records
 from claude_wrapper.sessions.managed import WRITE
 from claude_wrapper.sessions.records import Filter, Session
-from claude_wrapper.sessions.resources.agents import get_agent
+from claude_wrapper.sessions.resources.agents import get_agent, resolved_skills
 from claude_wrapper.sessions.resources.credentials import require_usable
 from claude_wrapper.sessions.resources.definitions import overridden
 from claude_wrapper.sessions.resources.environments import environment_for_session
@@ -64,13 +64,20 @@ async def create_session(call: Call) -> Response:
         )
 
     new = await call.read(work)
+    if not new.initial_events:
+        return answer(await _shown(call, await _created(call, new)))
+    # They start a turn, as events that are sent do: the same limits hold.
+    async with call.deps.tenants.admission.admit(call.principal):
+        return answer(await _shown(call, await _created(call, new)))
+
+
+async def _created(call: Call, new: NewSession) -> Session:
     await mounts.keep_tokens(call.means.secrets, call.principal, new.mounts)
     try:
-        session = await call.deps.sessions.create(call.principal, new)
+        return await call.deps.sessions.create(call.principal, new)
     except BaseException:
         await mounts.forget_tokens(call.means.secrets, call.principal, [one.id for one in new.mounts if one.token])
         raise
-    return answer(await _shown(call, session))
 
 
 async def _agent(tx: AsyncConnection, call: Call, fields: Fields) -> dict[str, Any]:
@@ -89,7 +96,13 @@ async def _agent(tx: AsyncConnection, call: Call, fields: Fields) -> dict[str, A
     if found.archived_at is not None:
         raise Conflict(f"agent {found.id} is archived and starts no sessions")
     snapshot = found.snapshot()
-    return overridden(snapshot, asked) if asked is not None else snapshot
+    if asked is None:
+        return snapshot
+    values = overridden(snapshot, asked)
+    if asked.given("skills"):
+        # What the session may read later, through its worker too, is decided by what its maker sees now.
+        values["skills"] = await resolved_skills(tx, call.principal, values["skills"], field="agent.skills")
+    return values
 
 
 def _require_mountable(mounted: Sequence[mounts.Mount]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -197,9 +197,7 @@ async def _look_up(
     tx: AsyncConnection, principal: Principal, definition: dict[str, Any], agent_id: str, version: int
 ) -> None:
     """Replace references by what they mean now: skills by their version, agents by theirs, `self` by this one."""
-    definition["skills"] = [
-        await _skill(tx, principal, skill, f"skills[{index}]") for index, skill in enumerate(definition["skills"])
-    ]
+    definition["skills"] = await resolved_skills(tx, principal, definition["skills"])
     multiagent = definition["multiagent"]
     if multiagent is None:
         return
@@ -215,6 +213,13 @@ async def _look_up(
                 roster = await _roster(tx, principal, team["predefined_agents"], path, (agent_id, version))
                 multiagent[name] = {**team, "predefined_agents": roster}
     definition["multiagent"] = multiagent
+
+
+async def resolved_skills(
+    tx: AsyncConnection, principal: Principal, skills: Sequence[Mapping[str, Any]], *, field: str = "skills"
+) -> list[dict[str, Any]]:
+    """Skills by their version. Raises InvalidRequest, naming the field, for one that the principal does not see."""
+    return [await _skill(tx, principal, skill, f"{field}[{index}]") for index, skill in enumerate(skills)]
 
 
 async def _roster(
