@@ -95,7 +95,6 @@ class Settings:
     )
     host: str = setting("127.0.0.1", "Address to listen on. Set `0.0.0.0` to serve other machines.")
     port: int = setting(8000, "Port to listen on; 0 takes a free one and prints it.", kind="int", minimum=0)
-    public_url: str | None = setting(None, "The URL by which clients reach this server, if it stands behind a proxy.")
     drain_seconds: float = setting(
         30.0, "On SIGTERM, running turns and open streams get this long to end.", kind="float", minimum=0
     )

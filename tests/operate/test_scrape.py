@@ -64,6 +64,7 @@ MOVED = {
         ("authentication_failures_total", {"reason": "missing"}),
         ("authentication_failures_total", {"reason": "unknown"}),
     ],
+    "budgets": [("budget_alerts_total", {"share": "0.8"}), ("budget_alerts_total", {"share": "1"})],
     "limits": [("limits_hit_total", {"limit": "requests", "scope": "organization"})],
     "server": [
         ("process_open_fds", {}),
@@ -85,6 +86,9 @@ MOVED = {
 async def test_every_family_that_a_conversation_can_move_moves(reachable_tmp_path: Path) -> None:
     async with running(reachable_tmp_path, upstream_attempts=2, org_limits="requests=4", log_level="info") as server:
         before = await scrape(server)
+        budget = {"scope": "organization", "cap_micros": 1, "action": "warn"}
+        async with server.http.post("/v1/organizations/budgets", json=budget) as response:
+            assert response.status == 200, await response.text()
         first = await server.ask("[[say one]]", session_id="s")
         assert first.status == 200
         assert (await server.ask("[[error-once 529]] again", session_id="s")).status == 200

@@ -207,16 +207,6 @@ async def test_a_session_finds_the_credential_of_its_first_vault(world: World, c
     assert await found.headers(refused=False) == {"authorization": "Bearer second"}
 
 
-async def test_a_session_finds_its_variables(world: World, client: AsyncAnthropic) -> None:
-    vault = await client.beta.vaults.create(display_name="V")
-    await client.beta.vaults.credentials.create(vault.id, auth=VARIABLE)
-    secrets = await world.tokens.environment_secrets(KEYS["acme"], [vault.id])
-    assert [(one.name, one.value, one.allowed_hosts, one.in_header, one.in_body) for one in secrets] == [
-        ("GITHUB_TOKEN", "PLANTED-value", ("api.github.com",), True, False)
-    ]
-    assert "PLANTED" not in repr(secrets)
-
-
 async def oauth_credential(world: World, **change: Any) -> tuple[str, str]:
     client = world.client()
     vault = await client.beta.vaults.create(display_name="V")

@@ -15,7 +15,7 @@ from claude_wrapper.testing.attack.scenery import start
 pytestmark = [pytest.mark.anyio, pytest.mark.process]
 
 
-@pytest.mark.parametrize("way", [loopback.listen_inside, loopback._by_helper])
+@pytest.mark.parametrize("way", [loopback.listen_inside, loopback._by_process])
 @pytest.mark.parametrize("own_uid", [True, False])
 async def test_a_process_inside_reaches_the_server_s_listener(reachable_tmp_path: Path, way, own_uid: bool) -> None:
     report = probe()

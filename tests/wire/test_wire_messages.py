@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from claude_wrapper.errors import InvalidRequest
 from claude_wrapper.wire.extensions import McpServer, OAuthCredentials
-from claude_wrapper.wire.messages import Message, MessagesRequest, literal_prompt, parse_messages_request
+from claude_wrapper.wire.messages import Message, MessagesRequest, parse_messages_request
 
 HELLO = {"role": "user", "content": "hello"}
 CALL = {"type": "tool_use", "id": "toolu_1", "name": "n", "input": {}}
@@ -239,14 +239,6 @@ def test_the_thinking_budget_is_read(thinking: Any, budget: int | None) -> None:
 def test_the_json_schema_is_found() -> None:
     assert parse(output_config={"format": {"type": "json_schema", "schema": {"a": 1}}}).json_schema() == {"a": 1}
     assert parse(output_config={"effort": "low"}).json_schema() is None
-
-
-@pytest.mark.parametrize("text", ["/clear", "/x"])
-def test_a_text_that_the_cli_would_run_as_a_command_is_made_literal(text: str) -> None:
-    empty = {"type": "text", "text": ""}
-    assert literal_prompt(text) == [{"type": "text", "text": text}, empty]
-    assert literal_prompt([{"type": "text", "text": "a"}, {"type": "text", "text": text}])[-1] == empty
-    assert literal_prompt("a " + text) == [{"type": "text", "text": "a " + text}]
 
 
 junk = st.recursive(

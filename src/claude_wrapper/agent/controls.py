@@ -44,11 +44,6 @@ class Controls:
         self._refusals: set[asyncio.Task[None]] = set()
         self._sent = 0
 
-    @property
-    def asks_in_progress(self) -> int:
-        """Requests of the CLI that are being answered."""
-        return len(self._asks)
-
     async def call(self, subtype: str, fields: dict[str, Any], *, timeout: float) -> dict[str, Any]:
         """Ask the process and return its response.
 

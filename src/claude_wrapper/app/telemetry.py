@@ -47,7 +47,7 @@ from claude_wrapper.telemetry import collectors
 from claude_wrapper.telemetry.collectors import PoolSample
 from claude_wrapper.telemetry.logs import Logs, configure
 from claude_wrapper.telemetry.looplag import LoopLag
-from claude_wrapper.telemetry.metrics import Metrics
+from claude_wrapper.telemetry.metrics import BUDGET_SHARES, Metrics
 from claude_wrapper.telemetry.otel import OTelTracer
 from claude_wrapper.telemetry.otelmetrics import MetricsExport
 from claude_wrapper.telemetry.pressure import RETRY_SECONDS, MemoryReader, Shedder, ShedSettings
@@ -294,6 +294,13 @@ class Telemetry:
         lost = counts.rejected + counts.lost
         follow(("ledger", "error"), lost, lambda grown: metrics.ledger_rows.inc(grown, outcome="error"))
         metrics.ledger_pending.set(ledger.pending + max(0, counts.spilled - counts.drained))
+        for percent, count in tenants.limit_counts.alerts.items():
+            share = max((one for one in BUDGET_SHARES if float(one) * 100 <= percent), key=float)
+            follow(
+                ("alert", str(percent)),
+                count,
+                lambda grown, share=share: metrics.budget_alerts.inc(grown, share=share),  # type: ignore[misc]
+            )
         unchecked = {"let_through": tenants.limit_counts.let_through, "turned_away": tenants.limit_counts.turned_away}
         for outcome, by_kind in unchecked.items():
             for kind, count in by_kind.items():

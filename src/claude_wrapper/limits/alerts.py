@@ -57,6 +57,7 @@ class AlertDesk:
             claimed = await self._claim(alert)
             if claimed:
                 await self._deliver(alert)
+                self._counts.alerts[alert.percent] = self._counts.alerts.get(alert.percent, 0) + 1
             self._undelivered.pop(key, None)
         except Exception:  # noqa: BLE001 (whatever a sink raises: a bill is not worth a broken turn)
             self._counts.alerts_failed += 1

@@ -80,6 +80,8 @@ class LimitCounts:
     """By kind (`rates`, `concurrency`, `budgets`): passed unchecked because the store was away."""
     turned_away: dict[str, int] = field(default_factory=dict)
     """By kind: refused because the store was away."""
+    alerts: dict[int, int] = field(default_factory=dict)
+    """Alerts of budgets that this replica told, by the percentage of the cap."""
     alerts_failed: int = 0
     bad_rules: int = 0
     """Times that a limit in the database could not be read and was left out."""

@@ -26,7 +26,7 @@ LOOPBACK = "127.0.0.1"
 _NEW_NETWORK = 0x40000000
 _BACKLOG = 128
 _SECONDS = 10.0
-_HELPER = Path(__file__).with_name("loopback_helper.py")
+_PROCESS = Path(__file__).with_name("loopback_process.py")
 
 
 def listen_inside(pid: int, port: int, uid: int | None) -> socket.socket:
@@ -37,14 +37,14 @@ def listen_inside(pid: int, port: int, uid: int | None) -> socket.socket:
     try:
         namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return _by_helper(pid, port, uid)  # its owner may look at it where the server may not
+        return _by_process(pid, port, uid)  # its owner may look at it where the server may not
     try:
         if os.path.samestat(os.fstat(namespace), Path("/proc/self/ns/net").stat()):
             raise SandboxUnavailable("the process shares the server's network: there is no inside to listen in")
         try:
             return _by_thread(namespace, port)
         except PermissionError:
-            return _by_helper(pid, port, uid)
+            return _by_process(pid, port, uid)
         except OSError as error:
             raise SandboxUnavailable(
                 f"cannot listen on {LOOPBACK}:{port} in the sandbox: {error.strerror or error}"
@@ -79,16 +79,16 @@ def _listener(port: int) -> socket.socket:
     return listener
 
 
-def _by_helper(pid: int, port: int, uid: int | None) -> socket.socket:
+def _by_process(pid: int, port: int, uid: int | None) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with ours, theirs:
-        argv = [sys.executable, "-I", "-S", str(_HELPER), str(pid), str(port), str(theirs.fileno()), str(uid or 0)]
+        argv = [sys.executable, "-I", "-S", str(_PROCESS), str(pid), str(port), str(theirs.fileno()), str(uid or 0)]
         try:
             done = subprocess.run(
                 argv, env={}, pass_fds=(theirs.fileno(),), capture_output=True, timeout=_SECONDS, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise SandboxUnavailable(f"the helper that opens the sandbox's network failed: {error}") from error
+            raise SandboxUnavailable(f"the process that opens the sandbox's network failed: {error}") from error
         if done.returncode != 0:
             reason = done.stderr.decode(errors="replace").strip()[-300:] or f"exit status {done.returncode}"
             raise SandboxUnavailable(f"cannot listen in the sandbox's network: {reason}")
@@ -99,4 +99,4 @@ def _by_helper(pid: int, port: int, uid: int | None) -> socket.socket:
                 listener = socket.socket(fileno=descriptors[0])
                 listener.setblocking(False)
                 return listener
-    raise SandboxUnavailable("the helper that opens the sandbox's network gave no socket")
+    raise SandboxUnavailable("the process that opens the sandbox's network gave no socket")

@@ -62,9 +62,8 @@ LIMITS: Final = (
 )
 UNCHECKED: Final = ("rates", "concurrency", "budgets")
 SCOPES: Final = ("key", "user", "workspace", "organization", "session", "server")
-BUDGET_SHARES: Final = ("0.5", "0.8", "0.95", "1.0")
-JOB_KINDS: Final = ("message", "batch_item", "schedule", "webhook", "export", "upkeep")
-JOB_OUTCOMES: Final = ("completed", "failed", "cancelled", "expired", "retried")
+BUDGET_SHARES: Final = ("0", "0.5", "0.8", "0.95", "1")
+"""A share that a budget's owner chose counts as the next lower one of these."""
 LEASE_STEPS: Final = ("acquired", "renewed", "released", "lost", "taken_over")
 SESSION_STATES: Final = ("running", "idle", "hibernated")
 SNAPSHOT_STEPS: Final = ("save", "restore", "collect")
@@ -131,7 +130,7 @@ class Metrics:
         self._turns(make)
         self._upstream(make, (*models, OTHER))
         self._spending(make, (*models, OTHER))
-        self._work(make)
+        self._keeping(make)
         self._server(make)
         self.declarations: Final[tuple[Declaration, ...]] = make.made
 
@@ -301,7 +300,6 @@ class Metrics:
             _REQUEST_SECONDS,
             step=MCP_STEPS,
         )
-        self.oauth_refreshes = make.counter("oauth_refreshes_total", "Token refreshes, by outcome.", outcome=OUTCOMES)
 
     def _spending(self, make: Declarations, models: tuple[str, ...]) -> None:
         first = {"model": models[-MAX_LISTED:], "kind": TOKEN_KINDS}
@@ -330,22 +328,15 @@ class Metrics:
             "cache_saved_dollars_total", "Cost that cache hits saved, by the price table.", org=True, cache=CACHES
         )
         self.cache_bytes = make.gauge("cache_bytes", "Size of the shared caches, where they lie in this process.")
-        self.budgets_over = make.gauge(
-            "budgets_over_share", "Budgets of which at least this share is spent or reserved.", share=BUDGET_SHARES
+        self.budget_alerts = make.counter(
+            "budget_alerts_total",
+            "Budgets that reached a share of their cap of which their owner wants to be told; once per window, on one replica.",
+            share=BUDGET_SHARES,
         )
         self.ledger_rows = make.counter("ledger_rows_total", "Usage rows written, by outcome.", outcome=OUTCOMES)
         self.ledger_pending = make.gauge("ledger_rows_pending", "Usage rows that are not in the database yet.")
 
-    def _work(self, make: Declarations) -> None:
-        self.jobs = make.counter("jobs_total", "Jobs that ended, by how.", kind=JOB_KINDS, outcome=JOB_OUTCOMES)
-        self.jobs_waiting = make.gauge("jobs_waiting", "Jobs that wait for a worker.", kind=JOB_KINDS)
-        self.jobs_running = make.gauge("jobs_running", "Jobs that this replica runs.", kind=JOB_KINDS)
-        self.job_seconds = make.histogram(
-            "job_duration_seconds", "Time from a job's claim to its end.", _TURN_SECONDS, kind=JOB_KINDS
-        )
-        self.webhooks = make.counter(
-            "webhook_deliveries_total", "Webhook deliveries, by outcome.", outcome=("ok", "error", "given_up")
-        )
+    def _keeping(self, make: Declarations) -> None:
         self.leases_held = make.gauge("leases_held", "Session leases that this replica holds.")
         self.lease_steps = make.counter("lease_steps_total", "What happened to session leases.", step=LEASE_STEPS)
         self.snapshots = make.counter(

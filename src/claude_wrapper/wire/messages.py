@@ -183,23 +183,6 @@ def _continues_thread(extra: Mapping[str, Any]) -> bool:
     return isinstance(thread, dict) and thread.get("type") == "continue"
 
 
-def message_to_json(message: Mapping[str, Any]) -> bytes:
-    """The JSON body of a non-streaming answer."""
-    return msgspec.json.encode(message)
-
-
-def literal_prompt(content: str | list[_Object]) -> list[_Object]:
-    """The content of a user line for the CLI, so that no text of the caller is taken for one of its commands.
-
-    The CLI runs a command when the last block is a text that begins with `/`, whatever is before it; it looks no
-    further when an empty text block follows, and drops that block before the request goes out (seen with 2.1.327).
-    """
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    if blocks and blocks[-1].get("type") == "text" and str(blocks[-1].get("text", "")).startswith("/"):
-        blocks.append({"type": "text", "text": ""})
-    return blocks
-
-
 def merge_turns(messages: list[Message]) -> list[Message]:
     """Consecutive turns of one role become one, block after block."""
     merged: list[Message] = []

@@ -118,41 +118,47 @@ def move_in(source: Path, root: Path, path: str) -> None:
         os.close(directory)
 
 
-def exists(root: Path, path: str) -> bool:
-    """Whether anything at all is at `path`, be it a link."""
+@contextlib.contextmanager
+def _beside(root: Path, path: str) -> Iterator[tuple[int | None, str]]:
+    """The directory that `path` is in and its name there; None if there is no such directory below `root`."""
     head, name = _split(path)
     try:
         directory = open_beneath(root, head, _DIRECTORY) if head else os.open(root, _DIRECTORY)
     except (NotFound, InvalidRequest):
-        return False
+        yield None, name
+        return
     try:
-        os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except OSError:
-        return False
-    else:
-        return True
+        yield directory, name
     finally:
         os.close(directory)
+
+
+def exists(root: Path, path: str) -> bool:
+    """Whether anything at all is at `path`, be it a link."""
+    with _beside(root, path) as (directory, name):
+        if directory is None:
+            return False
+        try:
+            os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
 
 
 def remove(root: Path, path: str) -> None:
     """Remove what is at `path`, with all below it if it is a directory; nothing there is no error."""
-    head, name = _split(path)
-    try:
-        directory = open_beneath(root, head, _DIRECTORY) if head else os.open(root, _DIRECTORY)
-    except (NotFound, InvalidRequest):
-        return
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
-                # The directory is held by its descriptor: its path cannot lead elsewhere.
-                remove_tree(Path(f"/proc/self/fd/{directory}/{name}"))
-            else:
-                os.unlink(name, dir_fd=directory)
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be removed: {os.strerror(error.errno or 0)}") from error
-    finally:
-        os.close(directory)
+    with _beside(root, path) as (directory, name):
+        if directory is None:
+            return
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+                    # The directory is held by its descriptor: its path cannot lead elsewhere.
+                    remove_tree(Path(f"/proc/self/fd/{directory}/{name}"))
+                else:
+                    os.unlink(name, dir_fd=directory)
+        except OSError as error:
+            raise InvalidRequest(f"{path} cannot be removed: {os.strerror(error.errno or 0)}") from error
 
 
 def write(root: Path, path: str, content: bytes, *, mode: int = 0o644) -> None:

@@ -35,7 +35,7 @@ from claude_wrapper.sessions.resources.credentials import (
 )
 from claude_wrapper.sessions.resources.means import ResourceMeans
 from claude_wrapper.sessions.resources.outward import Posted
-from claude_wrapper.sessions.resources.toolauth import ENVIRONMENT_VARIABLE, MCP_OAUTH, STATIC_BEARER, plain_url
+from claude_wrapper.sessions.resources.toolauth import MCP_OAUTH, STATIC_BEARER, plain_url
 from claude_wrapper.sessions.resources.values import time_of, wire_time
 from claude_wrapper.storage.state.ports import Leases
 from claude_wrapper.storage.tables.resources import tool_credentials
@@ -59,19 +59,6 @@ INITIALIZE: Final[Mapping[str, Any]] = {
         "clientInfo": {"name": "claude-wrapper", "version": "1"},
     },
 }
-
-
-@dataclass(frozen=True, slots=True)
-class EnvironmentSecret:
-    """A variable of which the sandbox sees a placeholder; the egress proxy puts the value into requests."""
-
-    credential_id: str
-    name: str
-    value: str = field(repr=False)
-    allowed_hosts: tuple[str, ...] | None
-    """None: every host that the environment's network policy allows."""
-    in_header: bool
-    in_body: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,22 +97,6 @@ class McpTokens:
 
         found = await self._means.db.query(read) if vault_ids else []
         return StoredMcpCredential(self, principal, found[0]) if found else None
-
-    async def environment_secrets(self, principal: Principal, vault_ids: Sequence[str]) -> list[EnvironmentSecret]:
-        """The variables of a session's vaults; of two with one name the first vault's. Needs `read:vaults`."""
-
-        async def read(tx: AsyncConnection) -> list[ToolCredential]:
-            return await usable_credentials(tx, principal, vault_ids, (ENVIRONMENT_VARIABLE,))
-
-        secrets: dict[str, EnvironmentSecret] = {}
-        for one in await self._means.db.query(read) if vault_ids else ():
-            if one.target in secrets:
-                continue
-            value = (await read_secret(self._means, principal, one))[0]["secret_value"]
-            network, place = one.auth["networking"], one.auth["injection_location"]
-            hosts = tuple(network["allowed_hosts"]) if network["type"] == "limited" else None
-            secrets[one.target] = EnvironmentSecret(one.id, one.target, value, hosts, place["header"], place["body"])
-        return list(secrets.values())
 
     async def token(self, principal: Principal, credential: ToolCredential, *, refused: str | None = None) -> str:
         """A token that is good now. `refused` is one that the server did not take.
