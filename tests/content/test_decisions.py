@@ -162,9 +162,10 @@ def test_texts_say_what_is_none_and_stop_at_their_bounds(tmp_path: Path) -> None
     (store / "long").write_text("x" * 100)
     os.mkfifo(store / "fifo")
     (store / "link").symlink_to("good.md")
+    (store / os.fsdecode(b"name\xff")).write_text("good")
     found = trees.texts(tmp_path, "store", most=10, bytes_each=50, bytes_all=1000)
     assert found.found == {"/good.md": "good"}
-    assert set(found.left_out) == {"/binary", "/long", "/fifo", "/link"}
+    assert set(found.left_out) == {"/binary", "/long", "/fifo", "/link", "/name\ufffd"}
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,7 @@ class SessionContent:
         self._stores = of_kind["memory_store"]
         errors += await self._sync(work, manifest, self._stores)
         errors += [Trouble(one.kind, one.message, {"repository_url": one.url}) for one in failed]
-        if manifest != before:
-            await asyncio.to_thread(notes.save, work, manifest)
+        errors += await _noted(work, manifest, before)
         there = [one for one in resources if one["type"] == "memory_store" or one["id"] in manifest.placed]
         self._prompt = prompt.describe(
             workdir.seen, resources=there, skills=skills, packages=bool(wanted(session.environment))
@@ -145,9 +144,9 @@ class SessionContent:
         todo, refused = steps(packages)
         failed = [one for step in todo if (one := await self._installed(workdir, step)) is not None]
         # Not tried again and again: each try may take minutes.
-        manifest.packages = stamp(packages)
-        await asyncio.to_thread(notes.save, workdir.work, manifest)
-        await self.tell([Trouble(PACKAGE_ERROR, one) for one in (*refused, *failed)])
+        before, manifest.packages = notes.copied(manifest), stamp(packages)
+        errors = [Trouble(PACKAGE_ERROR, one) for one in (*refused, *failed)]
+        await self.tell(errors + await _noted(workdir.work, manifest, before))
 
     async def _installed(self, workdir: WorkDir, step: Step) -> str | None:
         """None, or why not."""
@@ -180,9 +179,7 @@ class SessionContent:
         errors = await self._sync(work, manifest, self._stores)
         kept = await outputs.collect(self._acting, work, manifest)
         errors += [Trouble(OUTPUT_ERROR, one) for one in kept]
-        if manifest != before:
-            await asyncio.to_thread(notes.save, work, manifest)
-        return errors
+        return errors + await _noted(work, manifest, before)
 
     # inside -----------------------------------------------------------------------------------------------------------
 
@@ -238,3 +235,14 @@ class SessionContent:
         except NotFound:
             return
         await books.log.publish(session, stored)
+
+
+async def _noted(work: Path, manifest: Manifest, before: Manifest) -> list[Trouble]:
+    """Write the note down if it is another than `before`. An agent that keeps the server from it does not end its turns."""
+    if manifest == before:
+        return []
+    try:
+        await asyncio.to_thread(notes.save, work, manifest)
+    except InvalidRequest as error:
+        return [Trouble(FILE_ERROR, f"what is in the workspace cannot be noted there: {error.message}")]
+    return []

@@ -36,6 +36,9 @@ async def collect(acting: Acting, work: Path, manifest: Manifest) -> list[str]:
     except RequestTooLarge:
         return [f"{places.OUTPUTS} holds more than {MAX_FILES} files: nothing of it was kept"]
     for entry in found:
+        if trees.shown(entry.path) != entry.path:
+            told.append(f"{places.OUTPUTS}/{trees.shown(entry.path)} was not kept: {trees.NOT_UTF8}")
+            continue
         known = manifest.outputs.get(entry.path)
         if known is not None and (known.size, known.mtime_ns) == (entry.size, entry.mtime_ns):
             continue

@@ -65,7 +65,8 @@ class Incoming:
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
-            self.file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is tried once more, and given up
+                self.file.close()
 
 
 def begin(root: Path, path: str) -> Incoming:
@@ -180,6 +181,14 @@ def entries(root: Path, path: str, *, most: int) -> Iterator[Entry]:
         yield from walk_beneath(root, max_entries=most, below=path)
 
 
+def shown(name: str) -> str:
+    """A name as it can be told and kept: bytes that are no UTF-8 are replaced. Equal to the name if there are none."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+NOT_UTF8: Final = "its name is not UTF-8"
+
+
 @dataclass(frozen=True, slots=True)
 class Texts:
     """The text files of a directory."""
@@ -196,10 +205,12 @@ def texts(root: Path, path: str, *, most: int, bytes_each: int, bytes_all: int) 
     left_out: dict[str, str] = {}
     left = bytes_all
     for entry in entries(root, path, most=most):
-        name = f"/{entry.path}"
+        name = f"/{shown(entry.path)}"
         if entry.kind == "directory":
             continue
         try:
+            if shown(entry.path) != entry.path:
+                raise InvalidRequest(NOT_UTF8)
             if entry.kind != "file":
                 raise InvalidRequest("is no regular file")
             content = read(root, f"{path}/{entry.path}", min(bytes_each, left))
