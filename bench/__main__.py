@@ -1,6 +1,7 @@
 """`python -m bench [--quick] [suite …]`: measure, print tables, write `bench/results/<suite>.json`.
 
-Suites: engine, alone, idle, tools, broker, sandbox, limits, sessions, mcp, cache, replicas; all of them when none is named (with `--quick` the first five). `--write-docs` writes
+Suites: engine, alone, idle, tools, broker, sandbox, limits, sessions, mcp, cache, replicas, durability;
+all of them when none is named (with `--quick` the first five). `--write-docs` writes
 `docs/benchmarks.md` from the results that are there (after a run, if suites are named or `--run` is given).
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import alone, clienttools, engine, idle, report, sandbox, scripts
+from bench import alone, clienttools, durability, engine, idle, report, sandbox, scripts
 from bench.figures import Findings
 from bench.machine import machine, moment
 from bench.progress import Progress
@@ -33,7 +34,7 @@ async def _with_scene(
         return await measure(at)
 
 
-_SLOW = frozenset({"cache", "limits", "mcp", "replicas", "sandbox", "sessions"})
+_SLOW = frozenset({"cache", "durability", "limits", "mcp", "replicas", "sandbox", "sessions"})
 """Not part of a quick run unless they are named."""
 
 Suite = Callable[[argparse.Namespace, Progress], Awaitable[Findings]]
@@ -50,6 +51,7 @@ SUITES: Mapping[str, Suite] = {
     "mcp": lambda options, _: scripts.mcp(quick=options.quick),
     "cache": lambda options, _: scripts.cache(quick=options.quick),
     "replicas": lambda options, _: scripts.replicas(quick=options.quick),
+    "durability": lambda options, progress: _with_scene(durability.measure, options, progress),
 }
 
 

@@ -22,6 +22,8 @@ TITLES = {
     "sessions": "Sessions",
     "mcp": "Calls of MCP tools",
     "cache": "Shared cache",
+    "replicas": "Several replicas",
+    "durability": "Durability",
 }
 
 

@@ -18,8 +18,8 @@ _HERE = Path(__file__).parent
 _SECONDS = 240.0
 
 
-async def run(script: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The JSON object that a script of this directory prints. Its process group is gone at the end."""
+async def run(script: str, arguments: Sequence[str], *, seconds: float = _SECONDS) -> dict[str, Any]:
+    """The JSON object that a script of this directory prints within so many seconds. Its process group is gone at the end."""
     async with scratch() as directory:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -33,7 +33,7 @@ async def run(script: str, arguments: Sequence[str]) -> dict[str, Any]:
             start_new_session=True,
         )
         try:
-            async with asyncio.timeout(_SECONDS):
+            async with asyncio.timeout(seconds):
                 out, errors = await process.communicate()
         finally:
             end_group(process.pid, signal.SIGKILL)

@@ -146,13 +146,11 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 1000])
     parser.add_argument("--directory", type=Path, default=None)
     options = parser.parse_args()
-    results = []
+    results = {}
     for megabytes in options.megabytes:
         with tempfile.TemporaryDirectory(prefix="cw-bench-snapshots-", dir=options.directory) as name:
-            results.append(asyncio.run(one_size(Path(name), megabytes)))
-        print(f"{megabytes} MB done", file=sys.stderr)
-    json.dump(results, sys.stdout, indent=2)
-    print()
+            results[f"{megabytes} MB"] = asyncio.run(one_size(Path(name), megabytes))
+    sys.stdout.write(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
