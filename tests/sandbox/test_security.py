@@ -70,9 +70,3 @@ def test_whatever_a_weaker_sandbox_takes_away_is_told() -> None:
             POLICIES[level].local_mcp,
         )
         assert same or policy.lowered
-
-
-def test_refused_tools_are_named() -> None:
-    policy = effective_policy(SecurityLevel.STRICT, Level.BWRAP)
-
-    assert policy.refused_tools(("Read", "Bash", "WebFetch")) == ("Bash", "WebFetch")

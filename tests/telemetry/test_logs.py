@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import structlog
 
-from claude_wrapper.errors import InvalidRequest, PoolTimeout
+from claude_wrapper.errors import PoolTimeout
 from claude_wrapper.telemetry import context
-from claude_wrapper.telemetry.canonical import CanonicalLine
 from claude_wrapper.telemetry.logs import Logs, configure, get_logger
 from claude_wrapper.telemetry.redact import Redactor
 from claude_wrapper.testing.clock import ManualClock
@@ -221,52 +220,6 @@ def test_written_lines_are_counted_by_level(out: io.StringIO) -> None:
     made.close()
     structlog.reset_defaults()
     assert seen == ["info", "error"]
-
-
-def test_a_canonical_line_collects_and_is_written_once(logs: Logs, out: io.StringIO) -> None:
-    clock = ManualClock()
-    line = CanonicalLine("request", clock, route="/v1/messages")
-    line.set(status=200)
-    line.add("upstream_calls")
-    line.add("upstream_calls")
-    line.mark("first_token_seconds")
-    line.emit()
-    line.emit()
-    (written,) = lines(out)
-    assert (written["event"], written["route"], written["status"], written["upstream_calls"]) == (
-        "request.completed", "/v1/messages", 200, 2,
-    )  # fmt: skip
-    assert written["first_token_seconds"] == 0.0
-    assert "seconds" in written
-
-
-@pytest.mark.parametrize(
-    ("error", "level", "shown"),
-    [
-        (InvalidRequest("no", field="model"), "warning", "invalid_request"),
-        (ZeroDivisionError(), "error", "ZeroDivisionError"),
-    ],
-)
-def test_a_canonical_line_names_the_failure(
-    logs: Logs, out: io.StringIO, error: Exception, level: str, shown: str
-) -> None:
-    with pytest.raises(type(error)), CanonicalLine("turn", ManualClock()):
-        raise error
-    (written,) = lines(out)
-    assert (written["level"], written["error"]) == (level, shown)
-
-
-def test_a_canonical_line_has_a_bounded_number_of_fields(logs: Logs, out: io.StringIO) -> None:
-    line = CanonicalLine("job", ManualClock())
-    for n in range(500):
-        line.set(**{f"field_{n}": n})
-    line.emit()
-    assert len(lines(out)[0]) < 80
-
-
-def test_an_unknown_kind_of_line_is_a_fault() -> None:
-    with pytest.raises(KeyError):
-        CanonicalLine("tea", ManualClock())
 
 
 def test_literals_registered_after_configure_are_masked(out: io.StringIO) -> None:

@@ -7,9 +7,8 @@ import json
 import pytest
 
 from claude_wrapper.testing import MODELS
-from claude_wrapper.wire.errorbody import STATUS_OF_TYPE, error_body, error_frame, type_of_status
+from claude_wrapper.wire.errorbody import STATUS_OF_TYPE, error_body, type_of_status
 from claude_wrapper.wire.models import find_model, list_to_wire, model_to_wire
-from claude_wrapper.wire.sse import SSEDecoder
 
 
 def test_an_error_body_satisfies_both_families() -> None:
@@ -24,12 +23,6 @@ def test_an_error_body_satisfies_both_families() -> None:
         "param": "model",
     }
     assert "details" not in json.loads(error_body("api_error", "x", None))["error"]
-
-
-def test_an_error_frame_is_an_error_event() -> None:
-    (event,) = SSEDecoder().feed(error_frame("overloaded_error", "line\nbreak", "req_1"))
-    assert event.event == "error"
-    assert json.loads(event.data)["error"]["message"] == "line\nbreak"
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,6 @@ class SecurityPolicy:
     lowered: tuple[str, ...] = ()
     """Why something that the level promises is not allowed or not enforced here; told to callers who ask for it."""
 
-    def refused_tools(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of the asked built-in tools that are not allowed."""
-        return tuple(name for name in asked if name not in self.tools)
-
 
 FILES = ("Read", "Write", "Edit", "NotebookEdit")
 """Work on files. In the CLI's default mode, what lies outside the workspace is asked for, and the server denies it."""

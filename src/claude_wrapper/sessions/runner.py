@@ -27,8 +27,8 @@ from claude_wrapper.sessions.journal import TURN_EVENTS, Books, SessionJournal
 from claude_wrapper.sessions.leg import Leg
 from claude_wrapper.sessions.records import CallRow, Session
 from claude_wrapper.sessions.spec import Message, OnDisconnect, TurnInput
-from claude_wrapper.sessions.takeover import MAX_ATTEMPTS, UNSURE, How, continuation
-from claude_wrapper.sessions.transcript import client_view, next_turn, resumption
+from claude_wrapper.sessions.takeover import MAX_ATTEMPTS, UNSURE, Continuation, How, continuation
+from claude_wrapper.sessions.transcript import Resumption, client_view, next_turn, resumption
 from claude_wrapper.tenancy.principal import Principal
 from claude_wrapper.wire.managed import END_TURN, EXHAUSTED, error_event
 from claude_wrapper.wire.managed_tools import SANDBOX_PREFIX
@@ -227,16 +227,22 @@ class Runner:
         else:
             journal.attempt = attempt + 1
             self._ran, self._unsure = dict(found.ran), found.unsure
-            self._delivered.clear()
-            self._answers.clear()
-            await self._turn(
-                session,
-                journal,
-                conversation,
-                content=found.content,
-                past=found.history,
-                replay=found.replayed,
-            )
+            await self._go_on_with(session, journal, conversation, found)
+
+    async def _go_on_with(
+        self, session: Session, journal: SessionJournal, conversation: Conversation, found: Continuation | Resumption
+    ) -> None:
+        """Run the turn from where it was found; what ran of it is in `_ran`."""
+        self._delivered.clear()
+        self._answers.clear()
+        await self._turn(
+            session,
+            journal,
+            conversation,
+            content=found.content,
+            past=found.history,
+            replay=found.replayed,
+        )
 
     async def _finish(self, session: Session, journal: SessionJournal) -> None:
         """The turn had said everything when its server died: write its end."""
@@ -279,16 +285,7 @@ class Runner:
             for call in ours
             if call.answer and "output" in call.answer and call.kind not in records.CLIENT_KINDS
         }
-        self._delivered.clear()
-        self._answers.clear()
-        await self._turn(
-            session,
-            journal,
-            conversation,
-            content=found.content,
-            past=found.history,
-            replay=found.replayed,
-        )
+        await self._go_on_with(session, journal, conversation, found)
         return True
 
     async def _turn(

@@ -7,8 +7,6 @@ from typing import Any
 
 import msgspec
 
-from claude_wrapper.wire import sse
-
 TYPE_OF_STATUS: Mapping[int, str] = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -69,10 +67,3 @@ def error_body(
 ) -> bytes:
     """The JSON body of an error answer."""
     return msgspec.json.encode(error_object(error_type, message, request_id, details))
-
-
-def error_frame(
-    error_type: str, message: str, request_id: str | None, details: Mapping[str, Any] | None = None
-) -> bytes:
-    """The SSE frame that ends a stream which has already begun."""
-    return sse.encode("error", error_body(error_type, message, request_id, details))
