@@ -59,7 +59,7 @@ def test_the_probe_tries_for_real_and_says_what_is_lost_and_how_to_get_it(tmp_pa
     blind = probe(path=str(tmp_path))  # a host without any of the programs
 
     assert found.best in Level
-    assert {"bwrap", "uids", "landlock", "restricted", "cgroup_memory", "openat2", "disk"} <= {
+    assert {"bwrap", "uids", "landlock", "restricted", "cgroup_memory", "openat2", "loop_disk"} <= {
         finding.name for finding in found.findings
     }
     assert not blind.finding("bwrap").present

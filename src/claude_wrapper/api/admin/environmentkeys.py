@@ -16,7 +16,7 @@ from claude_wrapper.tenancy.environmentkeys import READ, WRITE, EnvironmentKey
 Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
-class NewKey(msgspec.Struct, forbid_unknown_fields=True):
+class NewEnvironmentKey(msgspec.Struct, forbid_unknown_fields=True):
     """A key to be made."""
 
     environment_id: str
@@ -34,7 +34,7 @@ async def list_keys(asked: Asked) -> Response:
 
 async def create_key(asked: Asked) -> Response:
     """Create an environment key; the answer is the only one that holds its secret."""
-    body = await asked.body(NewKey)
+    body = await asked.body(NewEnvironmentKey)
     pepper = asked.deps.tenants.pepper
 
     async def work(tx: AsyncConnection) -> dict[str, Any]:
@@ -83,7 +83,7 @@ _ONE = _ALL + "/{environment_key_id}"
 
 ROUTES = (
     AdminRoute("GET", _ALL, READ, list_keys, query=("limit", "after_id", "before_id", "environment_id")),
-    AdminRoute("POST", _ALL, WRITE, create_key, NewKey),
+    AdminRoute("POST", _ALL, WRITE, create_key, NewEnvironmentKey),
     AdminRoute("GET", _ONE, READ, get_key),
     AdminRoute("DELETE", _ONE, WRITE, revoke_key),
 )
