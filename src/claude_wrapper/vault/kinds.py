@@ -81,7 +81,6 @@ RULES: Final[Mapping[CredentialKind, KindRules]] = MappingProxyType(
 )
 
 MAX_SECRET: Final = 20_000
-MAX_SETTING: Final = 512
 _SETTING: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:@/\-]{0,511}")
 # What goes into a host name: nothing there may begin a path, a port or another host.
 _LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9\-]{0,61}[a-z0-9])?")

@@ -21,7 +21,6 @@ ACTIVE: Final = "active"
 STOPPING: Final = "stopping"
 STOPPED: Final = "stopped"
 LEASED: Final = frozenset({STARTING, ACTIVE, STOPPING})
-LIVE: Final = frozenset({QUEUED, STARTING, ACTIVE, STOPPING})
 NO_HEARTBEAT: Final = "NO_HEARTBEAT"
 MIN_TTL: Final = 10
 MAX_TTL: Final = 600
