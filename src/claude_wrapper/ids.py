@@ -40,6 +40,7 @@ CALL = "call"
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford base 32, lower case: no i, l, o, u
 _TO_ALPHABET = bytes(ord(_ALPHABET[value % 32]) for value in range(256))  # 256 is a multiple of 32: no bias
+_UUID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\Z")
 _SHAPE = re.compile(r"[a-z]+_[0-9A-Za-z_-]{1,120}\Z")
 
 
@@ -64,6 +65,11 @@ class RandomIds:
 
     def uuid(self) -> str:
         return str(uuid.uuid4())
+
+
+def is_uuid(value: str) -> bool:
+    """Whether it is a UUID in its usual form, in lower case: what the Claude CLI names its sessions with."""
+    return _UUID.match(value) is not None
 
 
 def well_formed(value: str, prefix: str | None = None) -> bool:

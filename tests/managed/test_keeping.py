@@ -101,6 +101,27 @@ def test_more_directories_than_the_server_may_open_are_not_held_open(
     assert most - before < 5
 
 
+@pytest.mark.parametrize("outside_is", ["source", "target"])
+def test_a_forged_id_moves_nothing_into_a_home_or_out_of_it(tmp_path: Path, outside_is: str) -> None:
+    # The id comes out of the process's frames: an agent that writes to its pipe says what it likes.
+    projects, outside = tmp_path / "home/.claude/projects", tmp_path / "outside"
+    outside.mkdir()
+    for project, linked in (("-a", outside_is == "source"), ("-work", outside_is == "target")):
+        (projects / project).mkdir(parents=True)
+        if linked:
+            (projects / project / "sub").symlink_to(outside)
+        else:
+            (projects / project / "sub").mkdir()
+    source = outside if outside_is == "source" else projects / "-a/sub"
+    (source / "evil.jsonl").write_text("{}")
+    (source / "evil").write_text("* * * * * root id")
+    home = tmp_path / "home"
+    before = sorted(path for path in tmp_path.rglob("*"))
+    assert not has_transcript(home, "sub/evil")
+    assert not put_transcript(home, "sub/evil", transcript_path(home, PurePosixPath("/work"), UUID))
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
 def test_links_of_a_tenant_lead_nowhere(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     _home(outside, "/work")

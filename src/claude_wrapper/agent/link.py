@@ -35,7 +35,7 @@ from claude_wrapper.errors import (
     OutputLimitExceeded,
     WrapperError,
 )
-from claude_wrapper.ids import Ids
+from claude_wrapper.ids import Ids, is_uuid
 from claude_wrapper.wire import control
 from claude_wrapper.wire.ndjson import LineFramer
 from claude_wrapper.wire.streamjson import Frame, MalformedFrame, decode_frame
@@ -370,7 +370,8 @@ class Link:
         if kind == "command_lifecycle":
             self._lifecycle(frame, record)
             return None
-        if kind == "system" and frame.subtype == "init" and frame.session_id is not None:
+        if kind == "system" and frame.subtype == "init" and is_uuid(frame.session_id or ""):
+            # It names files later, and whatever else writes to the process's pipe may have said it.
             self.session_uuid = frame.session_id
         if record is None or (self._announced and not record.acknowledged.is_set()):
             self._stray(frame)

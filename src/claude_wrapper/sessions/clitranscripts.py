@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from claude_wrapper.errors import InvalidRequest, NotFound
+from claude_wrapper.ids import is_uuid
 from claude_wrapper.sandbox.files import open_beneath
 
 _PROJECTS: Final = ".claude/projects"
@@ -89,6 +90,9 @@ def _projects(home: Path) -> Iterator[int | None]:
 @contextlib.contextmanager
 def _transcript(home: Path, uuid: str) -> Iterator[tuple[int, str] | None]:
     """The directory that holds the transcript, and its name there. No link is followed."""
+    if not is_uuid(uuid):
+        yield None  # a name with a slash in it would lead through links
+        return
     name = f"{uuid}.jsonl"
     with _projects(home) as projects:
         for project in _names(projects) if projects is not None else ():

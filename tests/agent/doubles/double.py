@@ -74,7 +74,7 @@ def main():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if MODE == "grandchild":  # holds stdout and stderr open, in the same group
         subprocess.Popen(["sleep", "300"], stdin=subprocess.DEVNULL)
-        say(type="system", subtype="init", session_id="with a grandchild")
+        say(type="system", subtype="init", session_id="11111111-2222-4333-8444-555555555555")
     if MODE == "deaf":
         time.sleep(300)
     for line in sys.stdin:
