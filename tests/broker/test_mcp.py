@@ -18,7 +18,8 @@ from broker.world import World
 from claude_wrapper.broker import BrokerSettings, FixedHeaders, McpServer
 from claude_wrapper.broker.bridge import McpBridge
 from claude_wrapper.broker.mcp import McpAsk, McpClient
-from claude_wrapper.errors import PermissionDenied
+from claude_wrapper.errors import InvalidRequest, PermissionDenied
+from claude_wrapper.wire.extensions import check_headers
 
 pytestmark = pytest.mark.anyio
 
@@ -156,6 +157,33 @@ async def test_redirects_are_checked_again_and_carry_no_credential_to_another_or
         there = "http://169.254.169.254/latest/meta-data"
         with pytest.raises(PermissionDenied, match="private"):
             (await made.ask(server(near.port), McpAsk("GET", [], None))).close()
+
+
+async def test_no_header_of_a_caller_makes_the_next_callers_request_a_part_of_its_own() -> None:
+    # The server answers before it has the body that was announced, and the connection is used again.
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            seen.append(data)
+            writer.write(b"HTTP/1.1 401 no\r\ncontent-length: 0\r\n\r\n")
+            await writer.drain()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    framing = {"Content-Length": "1000", "Host": "elsewhere.example", "X-Own": "kept"}
+    async with listening, client() as mcp:
+        ask = McpAsk("POST", [("content-type", "application/json")], b'{"x":1}')
+        answer = await mcp.ask(server(port, credential=FixedHeaders(framing)), ask)
+        answer.close()
+    sent = b"".join(seen).lower()
+    assert b"content-length: 7\r\n" in sent
+    assert b"x-own: kept" in sent
+    assert b"1000" not in sent
+    assert b"elsewhere" not in sent
+    for name in framing.keys() - {"X-Own"}:
+        with pytest.raises(InvalidRequest, match="itself"):
+            check_headers({name: framing[name]}, "headers")
 
 
 async def test_redirects_come_to_an_end() -> None:

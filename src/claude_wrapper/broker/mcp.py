@@ -29,6 +29,7 @@ from claude_wrapper.broker.inject import Headers
 from claude_wrapper.broker.refusals import refuse
 from claude_wrapper.broker.upstream import Answer, UpstreamFailure, failure_of
 from claude_wrapper.errors import PermissionDenied, UpstreamUnavailable, WrapperError
+from claude_wrapper.wire.extensions import FRAMING
 
 MAX_REDIRECTS = 3
 _SENT_ON = frozenset({"accept", "content-type", "last-event-id", "user-agent", "traceparent", "tracestate"})
@@ -189,7 +190,7 @@ class McpClient:
             if passes and lower not in replaced:
                 headers.add(name, value)
         headers["accept-encoding"] = "identity"
-        headers.update(credential)
+        headers.update({name: value for name, value in credential.items() if name.lower() not in FRAMING})
         body = io.BytesIO(ask.body) if ask.body is not None else None
         try:
             response = await self._session.request(ask.method, url, headers=headers, data=body, allow_redirects=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -203,9 +203,19 @@ def _string_list(value: Any, path: str) -> tuple[str, ...]:
     return tuple(value)
 
 
+FRAMING: Final = frozenset(
+    {"host", "connection", "content-length", "content-encoding", "transfer-encoding", "accept-encoding"}
+    | {"te", "trailer", "upgrade", "expect", "keep-alive", "proxy-connection", "proxy-authorization"}
+)
+"""Headers that say where a request ends and whom it is for. Connections are used again, for other callers too: a wrong
+length would make the next one's request a part of this one."""
+
+
 def check_headers(headers: dict[str, str], path: str) -> dict[str, str]:
     """Headers that can be sent. Raises InvalidRequest."""
     for name, value in headers.items():
+        if name.lower() in FRAMING:
+            raise InvalidRequest("is a header that the server sets itself", field=f"{path}.{name}")
         if not _HEADER.match(name) or any(mark in value for mark in "\r\n\0"):
             raise InvalidRequest("is not a valid HTTP header", field=f"{path}.{name}")
     return headers
