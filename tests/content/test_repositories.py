@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from ipaddress import ip_network
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 import pytest
@@ -13,8 +15,11 @@ from anthropic import AsyncAnthropic, BadRequestError
 from claude_wrapper.errors import InvalidRequest, PermissionDenied, SandboxUnavailable
 from claude_wrapper.sandbox.choose import choose
 from claude_wrapper.sandbox.probe import probe
+from claude_wrapper.sessions.content import repositories
 from claude_wrapper.sessions.content.gitgateway import Source, gateway
-from claude_wrapper.sessions.content.repositories import check_name
+from claude_wrapper.sessions.content.manifest import Manifest
+from claude_wrapper.sessions.content.repositories import CloneLimits, Cloning, check_name
+from claude_wrapper.testing.clock import ManualClock
 from content.git_server import TOKEN, GitServer, git_server, make_repository
 from managed.driving import message, turn
 from managed.workspaces import errors, ran, session_of
@@ -32,6 +37,27 @@ async def git(reachable_tmp_path: Path) -> AsyncIterator[GitServer]:
     root.mkdir()
     async with git_server(root) as one:
         yield one
+
+
+async def test_slow_repositories_hold_a_turn_and_its_process_for_a_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, tried = ManualClock(), []
+
+    async def slow(acting: object, cloning: Cloning, one: dict[str, str], workdir: object, path: str) -> None:
+        tried.append(cloning.limits.seconds)
+        await clock.advance(cloning.limits.seconds)
+        raise repositories.RepositoryFailed(repositories.CLONE, "took too long")
+
+    monkeypatch.setattr(repositories, "_put", slow)
+    wanted = [
+        {"id": f"r{at}", "url": f"https://slow.example/{at}", "mount_path": f"/workspace/{at}"} for at in range(5)
+    ]
+    acting: Any = SimpleNamespace(scribe=SimpleNamespace(clock=clock))
+    cloning = Cloning(tmp_path, limits=CloneLimits(seconds=250, together=600))
+    told = await repositories.put_repositories(acting, cloning, wanted, Any, Manifest())  # type: ignore[arg-type]
+    assert tried == [250, 250, 100]
+    assert ["next turn" in one.message for one in told] == [False, False, False, True, True]
 
 
 @needs_git

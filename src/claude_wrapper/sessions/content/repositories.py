@@ -14,7 +14,7 @@ import re
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,6 +51,8 @@ class CloneLimits:
     disk: int = 2 << 30
     """What it may take, with its working tree."""
     files: int = 500_000
+    together: float = 600.0
+    """Seconds for all repositories of one turn, which waits for them with its process."""
 
 
 class RepositoryFailed(WrapperError):
@@ -85,12 +87,20 @@ async def put_repositories(
 ) -> list[Told]:
     """Clone what is not there yet. What is there is the agent's: it is not updated. What went wrong."""
     told: list[Told] = []
+    clock, limits = acting.scribe.clock, cloning.limits
+    until = clock.monotonic() + limits.together
     for one in wanted:
         if one["id"] in manifest.placed:
             continue
         path = places.relative(str(one["mount_path"]))
+        left = until - clock.monotonic()
+        if left <= 0:
+            why = f"the repositories before it took {limits.together:g} s; the next turn tries again"
+            told.append(Told(CLONE, f"{one['url']}: was not cloned: {why}", str(one["url"])))
+            continue
+        bounded = replace(cloning, limits=replace(limits, seconds=min(limits.seconds, left)))
         try:
-            await _put(acting, cloning, one, workdir, path)
+            await _put(acting, bounded, one, workdir, path)
         except RepositoryFailed as error:
             told.append(Told(error.kind, f"{one['url']}: {error.message}", str(one["url"])))
         except WrapperError as error:
