@@ -12,8 +12,8 @@ import pytest
 from claude_wrapper.testing import ScriptedUpstream
 from claude_wrapper.wire.history import history_key
 from claude_wrapper.wire.merge import CONTINUED_BY_CLI, MessageMerger
-from claude_wrapper.wire.messages import Message, literal_prompt
-from claude_wrapper.wire.streamjson import decode_frame
+from claude_wrapper.wire.messages import Message
+from claude_wrapper.wire.streamjson import decode_frame, user_line
 
 pytestmark = [pytest.mark.anyio, pytest.mark.real_cli]
 
@@ -30,8 +30,7 @@ class Cli:
     async def turn(self, prompt: str, merger: MessageMerger) -> bytes:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        user = {"type": "user", "message": {"role": "user", "content": literal_prompt(prompt)}}
-        self.process.stdin.write(json.dumps({**user, "parent_tool_use_id": None, "session_id": ""}).encode() + b"\n")
+        self.process.stdin.write(user_line(prompt))
         out = b""
         while True:
             frame = decode_frame((await self.process.stdout.readline()).rstrip(b"\n"))
