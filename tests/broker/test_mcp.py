@@ -200,7 +200,7 @@ async def test_redirects_come_to_an_end() -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["http://example.com/mcp", "https://127.0.0.1/mcp", "https://[::1]/mcp", "https://169.254.169.254/", "ftp://x/y", "https://user:password@example.com/", "https:///mcp", "https://inside.example/mcp", "https://2130706433/"],
+    ["http://example.com/mcp", "https://127.0.0.1/mcp", "https://[::1]/mcp", "https://169.254.169.254/", "ftp://x/y", "https://user:password@example.com/", "https:///mcp", "https://inside.example/mcp", "https://2130706433/", "https://169.254.169.254./", "https://127.1./"],
 )  # fmt: skip
 async def test_private_addresses_and_plain_http_are_refused(url: str) -> None:
     names = Names(**{"inside_example": ["10.0.0.1"], "2130706433": ["127.0.0.1"]})

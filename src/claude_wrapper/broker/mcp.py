@@ -176,7 +176,7 @@ class McpClient:
             reason = forbidden(url.host, self._permitted)
             if reason is not None:
                 raise PermissionDenied(f"{url.host} is {reason}")
-        elif canonical(url.host) is None or url.host.rpartition(".")[2][:1].isdigit():
+        elif canonical(url.host) is None or url.host.rstrip(".").rpartition(".")[2][:1].isdigit():
             raise PermissionDenied("the URL of an MCP server must name a host")  # 2130706433 and 127.1 are addresses
 
     async def _once(self, url: URL, ask: McpAsk, credential: Mapping[str, str], *, own: bool) -> Answer:

@@ -125,7 +125,7 @@ def checked_url(url: str, permitted: tuple[Network, ...]) -> URL:
     reason = forbidden(target.host, permitted)
     if reason == "not an address":
         # 2130706433 and 127.1 are addresses to some resolvers and names to us.
-        if canonical(target.host) is None or target.host.rpartition(".")[2][:1].isdigit():
+        if canonical(target.host) is None or target.host.rstrip(".").rpartition(".")[2][:1].isdigit():
             raise PermissionDenied("the URL must name a host")
     elif reason is not None:
         raise PermissionDenied(f"{target.host} is {reason}")
