@@ -225,7 +225,10 @@ class Settings:
         2, "Warm processes kept ready for new conversations of the chat profile.", kind="int", minimum=0
     )
     agent_spares: int = setting(
-        1, "Warm processes kept ready for new conversations with built-in tools.", kind="int", minimum=0
+        1,
+        "Warm processes kept ready for new agents: so many with all tools of the security level (`/v1/messages`), and so many with the toolset of `/v1/sessions`.",
+        kind="int",
+        minimum=0,
     )
     max_processes: int = setting(32, "Processes in all, spares included.", kind="int", minimum=1)
     max_processes_per_org: int = setting(24, "Processes that one organisation may hold.", kind="int", minimum=1)

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 
 from claude_wrapper import __version__
-from claude_wrapper.agent.launch import CHAT, agent_profile
+from claude_wrapper.agent.launch import CHAT, LaunchProfile, agent_profile
 from claude_wrapper.agent.settings import AgentSettings
 from claude_wrapper.api.app import create_app
 from claude_wrapper.api.credentials import UpstreamCredentials
@@ -79,6 +79,7 @@ from claude_wrapper.sessions.selfhosted.queue import WorkQueue
 from claude_wrapper.sessions.serverbook import ServerBook
 from claude_wrapper.tenancy.principal import Principal
 from claude_wrapper.tenancy.workerring import WorkerRing
+from claude_wrapper.wire.managed_tools import TO_CLI
 
 log = structlog.get_logger(__name__)
 
@@ -552,13 +553,24 @@ def _networks(texts: Sequence[str]) -> tuple[ipaddress.IPv4Network | ipaddress.I
         raise ConfigurationError(f"CLAUDE_WRAPPER_PRIVATE_NETWORKS: {error}") from error
 
 
+def _agent_spares(settings: Settings, policy: SecurityPolicy) -> dict[LaunchProfile, int]:
+    """Spares for agents of Messages callers with all tools of the level, and for sessions' agents with the whole toolset."""
+    room = max(0, settings.max_processes - settings.spares)
+    kept: dict[LaunchProfile, int] = {}
+    for tools in (policy.tools, set(policy.tools) & set(TO_CLI.values())):
+        profile = agent_profile(tuple(sorted(tools)), security=policy.level.value)
+        count = min(settings.agent_spares, room) if tools else 0
+        if count < settings.agent_spares:
+            log.info("pool.fewer_agent_spares", wanted=settings.agent_spares, kept=count, tools=len(tools))
+        if count and profile not in kept:
+            kept[profile] = count
+            room -= count
+    return kept
+
+
 def _pool_settings(settings: Settings, policy: SecurityPolicy) -> PoolSettings:
-    agents = min(settings.agent_spares, max(0, settings.max_processes - settings.spares)) if policy.tools else 0
-    if agents < settings.agent_spares:
-        log.info("pool.fewer_agent_spares", wanted=settings.agent_spares, kept=agents, tools=len(policy.tools))
     return PoolSettings(
-        spares={CHAT: settings.spares}
-        | ({agent_profile(tuple(sorted(policy.tools)), security=policy.level.value): agents} if agents else {}),
+        spares={CHAT: settings.spares} | _agent_spares(settings, policy),
         max_processes=settings.max_processes,
         max_processes_per_org=settings.max_processes_per_org,
         max_processes_per_principal=settings.max_processes_per_principal,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from claude_wrapper.pool.ports import Process
 from claude_wrapper.pool.requests import Kind, Refusal
@@ -94,11 +95,10 @@ def snapshot(
         sweep_seconds=settings.sweep_seconds,
         processes=len(state.slots),
         by_state={each.value: state.count(each) for each in SlotState if each is not SlotState.GONE},
-        spares={
-            **{profile.name: 0 for profile in settings.spares},
-            **{profile.name: len(slots) for profile, slots in state.spares.items()},
-        },
-        spares_wanted={profile.name: count for profile, count in settings.spares.items()},
+        spares=_by_name(
+            (profile, len(state.spares.get(profile, ()))) for profile in {**settings.spares, **state.spares}
+        ),
+        spares_wanted=_by_name(settings.spares.items()),
         outstanding=len(state.claims),
         waiting=len(state.waiting),
         waiting_per_org=dict(state.waiting_per_org),
@@ -120,6 +120,14 @@ def snapshot(
         draining=state.draining,
         slots=tuple(_describe(slot, processes.get(slot.id), now, wall) for slot in state.slots.values()),
     )
+
+
+def _by_name(counts: Iterable[tuple[Any, int]]) -> dict[str, int]:
+    """Profiles of one name (of several sets of tools, or versions of the CLI) counted together."""
+    found: dict[str, int] = {}
+    for profile, count in counts:
+        found[profile.name] = found.get(profile.name, 0) + count
+    return found
 
 
 def _describe(slot: Slot, process: Process | None, now: float, wall: datetime) -> SlotStats:
