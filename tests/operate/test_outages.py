@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from claude_wrapper.testing.stores import RedisServer
+from claude_wrapper.storage import Database, migrations
+from claude_wrapper.testing.stores import PostgresServer, RedisServer
 from claude_wrapper.wire.sse import SSEDecoder
 from running_server import running
 
@@ -39,10 +40,14 @@ async def test_a_blob_store_that_is_away_shows_in_health_and_takes_nobody_out_of
         await becomes([])
 
 
-async def test_an_event_stream_whose_shared_state_goes_away_ends_with_a_clear_error(
-    own_redis: RedisServer, reachable_tmp_path: Path
+async def test_an_event_stream_whose_stores_have_all_gone_ends_with_a_clear_error(
+    own_redis: RedisServer, own_postgres: PostgresServer, reachable_tmp_path: Path
 ) -> None:
-    async with running(reachable_tmp_path, spares=0, redis_url=own_redis.url) as server:
+    stores = {"redis_url": own_redis.url, "database_url": own_postgres.admin_url}
+    database = Database(own_postgres.admin_url)
+    await migrations.migrate(database)
+    await database.close()
+    async with running(reachable_tmp_path, spares=0, **stores) as server:
 
         async def made(path: str, body: dict[str, object]) -> str:
             async with server.http.post(path, json=body) as response:
@@ -54,7 +59,8 @@ async def test_an_event_stream_whose_shared_state_goes_away_ends_with_a_clear_er
         session = await made("/v1/sessions", {"agent": agent, "environment_id": environment})
         async with server.http.get(f"/v1/sessions/{session}/events/stream") as stream:
             assert stream.status == 200
-            await asyncio.to_thread(own_redis.kill)
+            await asyncio.to_thread(own_redis.kill)  # alone it would not matter: the stream looks into the database
+            await asyncio.to_thread(own_postgres.kill)
             async with asyncio.timeout(20):
                 events = SSEDecoder().feed(await stream.read())
         last = events[-1]
