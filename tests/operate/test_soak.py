@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from claude_wrapper.sessions.takeover import UNSURE
 from claude_wrapper.testing.soak import outcomes, plan, report
 from claude_wrapper.testing.soak.logs import summarize
 from claude_wrapper.testing.soak.outcomes import Followed, Outcome, UpstreamRequest
@@ -120,11 +121,13 @@ def test_a_server_that_grows_does_not_rest_or_cannot_explain_itself_is_noticed()
         (GOOD, True),
         (replace(GOOD, text=f"{NONCE} n00008x00x000000"), False),
         (replace(GOOD, text="something else"), False),
+        (replace(GOOD, text=""), False),
+        (replace(GOOD, text=f"Tool said: {UNSURE}"), True),
         (replace(GOOD, how="hung up", text=""), True),
     ],
 )
-def test_an_answer_of_another_conversation_is_noticed(outcome: Outcome, holds: bool) -> None:
-    assert outcomes.not_crossed([outcome]).holds is holds
+def test_an_answer_of_another_conversation_and_one_that_is_not_whole_are_noticed(outcome: Outcome, holds: bool) -> None:
+    assert (outcomes.not_crossed([outcome]).holds and outcomes.answered_whole([outcome]).holds) is holds
 
 
 @pytest.mark.parametrize(
@@ -178,6 +181,12 @@ def test_the_log_is_summed_up_and_errors_that_no_fault_explains_are_found() -> N
     assert found.errors == [*explained, *unexplained]
     assert found.unexpected == unexplained
     assert found.unreadable == ["Traceback"]
+    aborted = (
+        "/lib/sqlalchemy/util/concurrency.py:139: RuntimeWarning: coroutine 'connect' was never awaited",
+        "  awaitable.close()",
+        "RuntimeWarning: Enable tracemalloc to get the object allocation traceback",
+    )
+    assert summarize(aborted).unreadable == []
     assert outcomes.no_surprises([], []).holds
     assert not outcomes.no_surprises([], found.unreadable).holds
     assert not outcomes.no_surprises(found.unexpected, []).holds

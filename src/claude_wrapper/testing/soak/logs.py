@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,6 +12,11 @@ import msgspec
 
 _KEPT: Final = 40
 _LONGEST: Final = 1500
+_ABORTED_CONNECT: Final = re.compile(
+    r"sqlalchemy/util/concurrency\.py:\d+: RuntimeWarning: coroutine 'connect' was never awaited|^\s*awaitable\.close\(\)"
+    r"|^RuntimeWarning: Enable tracemalloc"
+)
+"""Python's own warning when SQLAlchemy gives up a connection to a database that is away before it has begun."""
 
 
 @dataclass(slots=True)
@@ -36,7 +42,7 @@ def summarize(lines: Iterable[str]) -> LogSummary:
             said: dict[str, Any] = msgspec.json.decode(line)
             level, event = str(said["level"]), str(said["event"])
         except (msgspec.DecodeError, KeyError, TypeError):
-            if line.strip() and len(found.unreadable) < _KEPT:
+            if line.strip() and not _ABORTED_CONNECT.search(line) and len(found.unreadable) < _KEPT:
                 found.unreadable.append(line.strip()[:_LONGEST])
             continue
         where = f" ({said['module']})" if event == "library.logged" and "module" in said else ""

@@ -137,7 +137,8 @@ class ManagedConversation:
         elif turn.kind == "hang up":
             how, detail = "hung up", ""
         else:
-            how, detail = "answered", ""
+            kinds = " ".join(str(event["type"]) for event in follower.events[mark:])
+            how, detail = "answered", "" if turn.nonce in text else f"the events of the turn: {kinds}"
         self._note(turn.kind, turn.nonce, began, Reply(how, reply.status, None, detail, session), text)
         return heard.over
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from claude_wrapper.sessions.takeover import UNSURE
+
 NONCE: Final = re.compile(r"n\d{5}x\d{2}x[0-9a-f]{6}")
 AROUND_A_KILL: Final = 3.0
 """Seconds before a kill in which a call may have been answered and not yet been written down."""
@@ -102,14 +104,24 @@ def no_surprises(unexpected: Sequence[str], unreadable: Sequence[str]) -> Invari
 
 
 def not_crossed(outcomes: Iterable[Outcome]) -> Invariant:
-    """An answer holds the nonces of its own conversation alone, and a whole one holds its own."""
+    """An answer holds the nonces of its own conversation alone."""
     crossed = []
     for one in outcomes:
         foreign = {nonce for nonce in NONCE.findall(one.text) if int(nonce[1:6]) != one.conversation}
-        if foreign or (one.how == "answered" and one.nonce not in one.text):
+        if foreign:
             crossed.append(f"{one.nonce}: {one.text[:100]}")
     detail = "; ".join(crossed[:SHOWN]) or "0 crossed"
     return Invariant("no answer crossed into another conversation", not crossed, detail)
+
+
+def answered_whole(outcomes: Iterable[Outcome]) -> Invariant:
+    """A whole answer holds its own nonce. One excuse: its server was killed while a tool ran, and the answer says so."""
+    answered = [one for one in outcomes if one.how == "answered"]
+    unsure = [one for one in answered if one.nonce not in one.text and UNSURE[:60] in one.text]
+    bad = [one for one in answered if one.nonce not in one.text and one not in unsure]
+    shown = "; ".join(f"{one.kind} {one.nonce} {one.request}: {one.text[:100]!r} {one.detail}" for one in bad[:SHOWN])
+    said = f"{len(answered)} answers, {len(unsure)} of them say that a tool may have run when the server was killed"
+    return Invariant("every answer holds what was asked for", not bad, shown or said)
 
 
 def ledger_is_upstreams(

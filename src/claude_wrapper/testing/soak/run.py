@@ -367,6 +367,7 @@ class _Run:
             outcomes.answered_once(record.outcomes, record.downs),
             outcomes.no_bugs(record.outcomes),
             outcomes.not_crossed(record.outcomes),
+            outcomes.answered_whole(record.outcomes),
             outcomes.ledger_is_upstreams(seen, books.ledger, record.kills),
             outcomes.gapless(books.sequences),
             outcomes.streams_complete(record.followed, books.streams),
