@@ -326,6 +326,8 @@ class SessionJournal:
             unsaid = turn.translator.close().events
             if turn.session is None or turn.called or not await self._end_alone(turn, turn.session, end, left, unsaid):
                 await turn.behind.write(left)
+                if turn.behind.failed is not None:
+                    raise turn.behind.failed  # an end without what was said before it would lose that for good
                 stored = await self._books.db.run(lambda tx: self._end(tx, turn, end, unsaid))
                 await self._books.log.publish(self.session.id, stored)
         except NotFound:

@@ -326,7 +326,10 @@ class Runner:
             durable=True,
             replay=replay,
         )
-        leg = conversation.submit(turn_input)
+        try:
+            leg = conversation.submit(turn_input)
+        except Conflict:
+            return  # it was archived or deleted meanwhile: the next look finds that
         attending = asyncio.get_running_loop().create_task(self._attending(conversation, journal, leg, seconds))
         try:
             with contextlib.suppress(WrapperError):  # the journal has written what went wrong

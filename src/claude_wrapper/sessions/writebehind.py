@@ -41,7 +41,7 @@ class WriteBehind:
     ) -> None:
         """`show` publishes previews; `commit` writes entries in one transaction. Both are called one at a time."""
         self.failed: WrapperError | None = None
-        """Why writing has ended: what was put since is dropped."""
+        """Why writing has ended. What could not be written is kept, for `stop` to give back."""
         self._show = show
         self._commit = commit
         self._name = name
@@ -73,13 +73,16 @@ class WriteBehind:
             await asyncio.wait({self._writing})
 
     async def stop(self) -> list[Entry]:
-        """Take no more; what is left is the caller's to write. Previews have been shown."""
+        """Take no more; what is left is the caller's to write, what could not be written before included. Previews have
+        been shown, unless writing had failed."""
         self._stopping = True
         self._news.set()
         if self._writing is not None:
             await asyncio.wait({self._writing})
-        left, self._unwritten = self._unwritten, []
-        return [] if self.failed is not None else left
+        left = [*self._unwritten, *self._waiting]
+        self._unwritten, self.failed = [], None
+        self._waiting.clear()
+        return left
 
     async def write(self, left: Sequence[Entry]) -> None:
         """Write what `stop` left; sets `failed` when that fails."""
@@ -128,7 +131,11 @@ class WriteBehind:
 
     async def _write_down(self) -> None:
         batch, self._unwritten = self._unwritten, []
-        await self._commit(batch)
+        try:
+            await self._commit(batch)
+        except BaseException:
+            self._unwritten = [*batch, *self._unwritten]
+            raise
 
     async def _news_in_time(self) -> bool:
         """Wait for company; whether any came."""
