@@ -250,7 +250,11 @@ class Conversation:
         if journal is None:
             return await self._on_process(turn_input, leg)
         await self._rooms.keeper.begin(self)
-        turn_input = await journal.begin(turn_input)
+        try:
+            turn_input = await journal.begin(turn_input)
+        except BaseException:
+            self._rooms.keeper.ended(self)  # the save that was given up for this turn is still owed
+            raise
         self._end = TurnEnd(Draining("the turn was cancelled"))
         try:
             return await self._on_process(turn_input, leg)
@@ -261,8 +265,10 @@ class Conversation:
             await asyncio.shield(asyncio.ensure_future(self._written(journal)))
 
     async def _written(self, journal: Journal) -> None:
-        await journal.end(self._end)
-        self._rooms.keeper.ended(self)
+        try:
+            await journal.end(self._end)
+        finally:
+            self._rooms.keeper.ended(self)
 
     async def _on_process(self, turn_input: TurnInput, leg: Leg) -> bool:
         try:
