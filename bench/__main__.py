@@ -1,8 +1,8 @@
 """`python -m bench [--quick] [suite …]`: measure, print tables, write `bench/results/<suite>.json`.
 
-Suites: engine, alone, idle, tools, broker, sandbox, limits, sessions, mcp, cache, replicas, durability;
-all of them when none is named (with `--quick` the first five). `--write-docs` writes
-`docs/benchmarks.md` from the results that are there (after a run, if suites are named or `--run` is given).
+Suites: engine, alone, idle, tools, broker, sandbox, limits, sessions, mcp, cache, telemetry, replicas, durability; all of
+them when none is named (with `--quick` the first five). `--write-docs` writes `docs/benchmarks.md` and its picture from the
+results that are there (after the run, if suites are named).
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from bench.figures import Findings
 from bench.machine import machine, moment
 from bench.progress import Progress
 
-_HERE = Path(__file__).parent
-
 
 async def _with_scene(
     measure: Callable[[engine.Scene], Awaitable[Findings]], options: argparse.Namespace, progress: Progress
@@ -34,7 +32,7 @@ async def _with_scene(
         return await measure(at)
 
 
-_SLOW = frozenset({"cache", "durability", "limits", "mcp", "replicas", "sandbox", "sessions"})
+_SLOW = frozenset({"cache", "durability", "limits", "mcp", "replicas", "sandbox", "sessions", "telemetry"})
 """Not part of a quick run unless they are named."""
 
 Suite = Callable[[argparse.Namespace, Progress], Awaitable[Findings]]
@@ -50,6 +48,7 @@ SUITES: Mapping[str, Suite] = {
     "sessions": lambda options, _: scripts.sessions(quick=options.quick),
     "mcp": lambda options, _: scripts.mcp(quick=options.quick),
     "cache": lambda options, _: scripts.cache(quick=options.quick),
+    "telemetry": lambda options, _: scripts.telemetry(quick=options.quick),
     "replicas": lambda options, _: scripts.replicas(quick=options.quick),
     "durability": lambda options, progress: _with_scene(durability.measure, options, progress),
 }
@@ -96,7 +95,7 @@ async def _run(options: argparse.Namespace, console: Console) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
-    names = [name for name in SUITES if name != "sessions" or (_HERE / "sessions.py").exists()]
+    names = list(SUITES)
     parser.add_argument("suites", nargs="*", metavar="suite", help=f"of: {', '.join(names)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: under 90 seconds, rougher numbers")
     parser.add_argument("--write-docs", action="store_true", help="write docs/benchmarks.md; without suites: only that")
@@ -114,12 +113,12 @@ def main() -> int:
         with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
             code = asyncio.run(_run(options, console))
             if options.write_docs:
-                report.PAGE.write_text(report.page(), encoding="utf-8")
+                report.write_docs()
             return code
         console.print("stopped; everything that was started has ended")
         return 130
-    report.PAGE.write_text(report.page(), encoding="utf-8")
-    console.print(f"written: {report.PAGE}")
+    report.write_docs()
+    console.print(f"written: {report.PAGE}, {report.PICTURE}")
     return code
 
 

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from bench import picture
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+PICTURE = PAGE.with_suffix(".svg")
 
 TITLES = {
     "engine": "The engine against the raw CLI",
     "alone": "The server alone, on a stub process",
     "idle": "Idle conversations",
+    "tools": "Turns with the caller's own tools",
     "broker": "The broker",
     "sandbox": "The sandbox levels, against none",
     "limits": "Limits, ledger, reports",
     "sessions": "Sessions",
     "mcp": "Calls of MCP tools",
     "cache": "Shared cache",
+    "telemetry": "Metrics, logs and spans",
     "replicas": "Several replicas",
     "durability": "Durability",
 }
@@ -63,8 +69,8 @@ def table(console: Console, result: dict[str, Any]) -> None:
     console.print()
 
 
-def page() -> str:
-    """`docs/benchmarks.md` from the JSON of the last run of every suite.
+def write_docs() -> None:
+    """`docs/benchmarks.md` and its picture, from the JSON of the last run of every suite.
 
     Raises FileNotFoundError when there are no results.
     """
@@ -73,6 +79,18 @@ def page() -> str:
     ]
     if not results:
         raise FileNotFoundError(f"there are no results in {RESULTS}; run `make bench` first")
+    PAGE.write_text(_page(results), encoding="utf-8")
+    bars = [_bar(row) for result in results if result["suite"] == "engine" for row in result["figures"] if row["floor"]]
+    PICTURE.write_text(picture.ratios(bars, "The engine against the raw CLI (1 = the raw CLI)"), encoding="utf-8")
+
+
+def _bar(row: dict[str, Any]) -> picture.Bar:
+    ours, floor = row["ours"]["median"], row["floor"]["median"]
+    told = f"{_number(ours, row['unit'])} against {_number(floor, row['unit'])}"
+    return picture.Bar(row["name"], ours / floor, told, more_is_better=row["compare"] == "rate")
+
+
+def _page(results: Sequence[dict[str, Any]]) -> str:
     machine = results[0]["machine"]
     lines = [
         "# Benchmarks",
@@ -89,6 +107,8 @@ def page() -> str:
             "adds. The *floor* is the same CLI driven over stdin with no server, sandbox or broker, measured in the same run "
             "in turn with ours. On another machine the milliseconds differ and the ratios hardly do."
         ),
+        "",
+        f"![Ours against the raw CLI]({PICTURE.name})",
     ]
     for result in results:
         lines += ["", f"## {TITLES[result['suite']]}", "", _circumstances(result), "", *_rows(result)]

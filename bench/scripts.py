@@ -14,18 +14,25 @@ from typing import Any
 from bench.figures import Compare, Figure, Findings
 from bench.processes import PATH, end_group, scratch
 
-_HERE = Path(__file__).parent
+_ROOT = Path(__file__).parents[1]
 _SECONDS = 240.0
 
 
 async def run(script: str, arguments: Sequence[str], *, seconds: float = _SECONDS) -> dict[str, Any]:
-    """The JSON object that a script of this directory prints within so many seconds. Its process group is gone at the end."""
+    """The JSON object that `bench.<script>` prints within so many seconds. Its process group is gone at the end."""
     async with scratch() as directory:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            str(_HERE / script),
+            "-m",
+            f"bench.{script}",
             *arguments,
-            env={"PATH": PATH, "LANG": "C.UTF-8", "HOME": str(directory), "TMPDIR": str(directory)},
+            env={
+                "PATH": PATH,
+                "PYTHONPATH": str(_ROOT),
+                "LANG": "C.UTF-8",
+                "HOME": str(directory),
+                "TMPDIR": str(directory),
+            },
             cwd=directory,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -41,7 +48,7 @@ async def run(script: str, arguments: Sequence[str], *, seconds: float = _SECOND
                 await process.wait()
         if process.returncode != 0:
             raise RuntimeError(
-                f"bench/{script} failed ({process.returncode}): {errors.decode(errors='replace')[-1500:]}"
+                f"bench.{script} failed ({process.returncode}): {errors.decode(errors='replace')[-1500:]}"
             )
         return dict(json.loads(out))
 
@@ -49,7 +56,7 @@ async def run(script: str, arguments: Sequence[str], *, seconds: float = _SECOND
 async def broker(*, quick: bool) -> Findings:
     """`bench/broker.py`: added latency per call, CPU per streamed event."""
     arguments = ["--calls", "150", "--seconds", "2"] if quick else ["--calls", "600", "--seconds", "4"]
-    raw = await run("broker.py", arguments)
+    raw = await run("broker", arguments)
     calls = [name for name in raw if name.startswith("call_")]
     figures = [
         Figure(
@@ -80,17 +87,17 @@ async def broker(*, quick: bool) -> Findings:
 
 async def limits(*, quick: bool) -> Findings:
     """`bench/limits.py`: admission, reservations, the ledger, reports."""
-    return _plain(await run("limits.py", ["--rows", "50000" if quick else "200000"]))
+    return _plain(await run("limits", ["--rows", "50000" if quick else "200000"]))
 
 
 async def sessions(*, quick: bool) -> Findings:
     """`bench/sessions.py`: whatever it prints."""
-    return _plain(await run("sessions.py", ["--quick"] if quick else []))
+    return _plain(await run("sessions", ["--quick"] if quick else []))
 
 
 async def mcp(*, quick: bool) -> Findings:
     """`bench/mcp.py`: a call of an MCP tool through the broker against a direct one, and one whose result is kept."""
-    raw = await run("mcp.py", ["--calls", "200" if quick else "1000"])
+    raw = await run("mcp", ["--calls", "200" if quick else "1000"])
     figures = []
     for name, found in raw.items():
         size = name.split("_")[1]
@@ -106,7 +113,7 @@ async def mcp(*, quick: bool) -> Findings:
 
 async def cache(*, quick: bool) -> Findings:
     """`bench/cache.py`: what the shared cache saves on a stated mix."""
-    raw = await run("cache.py", ["--requests", "60" if quick else "400"])
+    raw = await run("cache", ["--requests", "60" if quick else "400"])
     mix = ", ".join(f"{count} {kind}" for kind, count in raw["mix"].items())
     figures = [
         Figure("requests that were answered from the cache", "%", [100 * raw["hit_rate"]], note=mix),
@@ -132,7 +139,7 @@ async def cache(*, quick: bool) -> Findings:
 async def replicas(*, quick: bool) -> Findings:
     """`bench/replicas.py`: a forwarded turn against a direct one, and takeover after SIGKILL of the holder."""
     arguments = ["--turns", "8", "--kills", "1", "--lease", "2"] if quick else []
-    raw = await run("replicas.py", arguments)
+    raw = await run("replicas", arguments)
     lease = raw["lease_seconds"]
     taken = [one["taken_seconds"] for one in raw["takeovers"]]
     answered = [one["answered_seconds"] for one in raw["takeovers"]]
@@ -140,6 +147,26 @@ async def replicas(*, quick: bool) -> Findings:
         Figure("a turn through the other replica", "ms", raw["forwarded_ms"], raw["direct_ms"], Compare.ADDED),
         Figure("holder killed to session taken over", "s", taken, target=1.5 * lease, note=f"lease {lease:g} s"),
         Figure("holder killed to its turn answered", "s", answered, note=f"lease {lease:g} s"),
+    ]
+    return Findings(figures, {"output": raw})
+
+
+async def telemetry(*, quick: bool) -> Findings:
+    """`bench/telemetry.py`: what metrics, logs and spans add to a warm turn."""
+    raw = await run("telemetry", ["--json", "--pairs", "60" if quick else "300"], seconds=600)
+    low, high = raw["added_time_interval_percent"]
+    figures = [
+        Figure(
+            "added to a warm turn's time",
+            "%",
+            [raw["added_time_percent"]],
+            target=2.0,
+            note=f"of {raw['turn_ms']:.1f} ms, {raw['pairs']} pairs, 95 % interval {low:+.2f} to {high:+.2f} %",
+        ),
+        Figure("CPU added, of the turn's time", "%", [raw["added_cpu_percent_of_time"]]),
+        Figure(
+            "CPU added, of the server's CPU", "%", [raw["added_cpu_percent"]], note=f"of {raw['cpu_ms']:.2f} ms a turn"
+        ),
     ]
     return Findings(figures, {"output": raw})
 

@@ -1,6 +1,6 @@
 """What telemetry costs on a warm turn: the server's CPU and the turn's time, with everything on and everything off.
 
-`python -m bench.telemetry [--pairs N]`. One server on the real CLI, one unnamed conversation at a time, its client and the
+`python -m bench.telemetry [--pairs N] [--json]`. One server on the real CLI, one unnamed conversation at a time, its client and the
 upstream in processes of their own, so that the CPU that is read is the server's alone. Turns alternate between the two in
 pairs (on-off, off-on, …), so that what else the machine does, and the growing history, weigh on both alike; each pair is
 one difference. "Off" takes out every watch, counter, span and log line; the server is the same.
@@ -40,6 +40,7 @@ KEY = "sk-cw-bench-only-key"
 TURNS = 24
 """Pairs of turns in one conversation; then a new one, so that the history stays short."""
 _SETTLE_SECONDS = 0.005
+_ROOT = Path(__file__).parents[1]
 
 
 class _Silent:
@@ -97,7 +98,7 @@ async def client(url: str) -> None:
 async def _child(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", *arguments, stdin=pipe, stdout=pipe, env={"PATH": PATH, "PYTHONPATH": "src:."}
+        sys.executable, "-m", *arguments, stdin=pipe, stdout=pipe, env={"PATH": PATH, "PYTHONPATH": str(_ROOT)}
     )
     try:
         yield process
@@ -210,25 +211,38 @@ def interval(values: Sequence[float], *, rounds: int = 2_000, seed: int = 1) -> 
     return middle(values), means[int(rounds * 0.025)], means[int(rounds * 0.975)]
 
 
-def show(found: Sequence[tuple[Cost, Cost]]) -> str:
-    """The figures as text."""
+def figures(found: Sequence[tuple[Cost, Cost]]) -> dict[str, Any]:
+    """Medians without telemetry, and what it adds (mean of the middle half of the differences, with its interval)."""
     cpu, wall = (statistics.median(getattr(off, name) for _, off in found) for name in ("cpu", "wall"))
     more_cpu = interval([on.cpu - off.cpu for on, off in found])
     more_wall = interval([on.wall - off.wall for on, off in found])
 
-    def told(what: str, more: tuple[float, float, float], whole: float, of: str) -> str:
-        low, high = more[1] / whole, more[2] / whole
-        return (
-            f"{what}: {more[0] * 1e6:+.0f} us [{more[1] * 1e6:+.0f}, {more[2] * 1e6:+.0f}] "
-            f"= {more[0] / whole:+.2%} [{low:+.2%}, {high:+.2%}] of {of}\n"
-        )
+    def percent(value: float, whole: float) -> float:
+        return round(100 * value / whole, 2)
 
+    return {
+        "pairs": len(found),
+        "cpu_ms": round(cpu * 1e3, 2),
+        "turn_ms": round(wall * 1e3, 2),
+        "added_cpu_us": round(more_cpu[0] * 1e6),
+        "added_cpu_percent": percent(more_cpu[0], cpu),
+        "added_cpu_interval_percent": [percent(one, cpu) for one in more_cpu[1:]],
+        "added_cpu_percent_of_time": percent(more_cpu[0], wall),
+        "added_time_us": round(more_wall[0] * 1e6),
+        "added_time_percent": percent(more_wall[0], wall),
+        "added_time_interval_percent": [percent(one, wall) for one in more_wall[1:]],
+    }
+
+
+def told(said: dict[str, Any]) -> str:
+    """The figures as text."""
+    (cpu_low, cpu_high), (low, high) = said["added_cpu_interval_percent"], said["added_time_interval_percent"]
     return (
-        f"{len(found)} pairs of warm turns; without telemetry the server takes {cpu * 1e3:.2f} ms of CPU and a turn "
-        f"{wall * 1e3:.2f} ms (medians). With it (mean of the middle half of the differences, 95 % interval):\n"
-        + told("CPU", more_cpu, cpu, "the server's CPU")
-        + told("CPU", more_cpu, wall, "the turn's time")
-        + told("time", more_wall, wall, "the turn's time")
+        f"{said['pairs']} pairs of warm turns; without telemetry the server takes {said['cpu_ms']} ms of CPU and a turn "
+        f"{said['turn_ms']} ms (medians). With it (mean of the middle half of the differences, 95 % interval):\n"
+        f"CPU: {said['added_cpu_us']:+} us = {said['added_cpu_percent']:+} % [{cpu_low:+}, {cpu_high:+}] of the server's CPU, "
+        f"{said['added_cpu_percent_of_time']:+} % of the turn's time\n"
+        f"time: {said['added_time_us']:+} us = {said['added_time_percent']:+} % [{low:+}, {high:+}] of the turn's time\n"
     )
 
 
@@ -236,6 +250,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.telemetry", description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=300)
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--client", metavar="URL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client:
@@ -246,7 +261,8 @@ def main() -> None:
         directory.chmod(0o711)
         with contextlib.redirect_stderr(io.StringIO()):  # the log lines are made, and go nowhere
             found = asyncio.run(measure(options.pairs, directory))
-    sys.stdout.write(show(found))
+    said = figures(found)
+    sys.stdout.write(json.dumps(said) + "\n" if options.json else told(said))
 
 
 if __name__ == "__main__":
