@@ -122,6 +122,40 @@ async def test_one_replica_that_has_seen_enough_speaks_for_all_until_the_operato
 
 
 @pytest.mark.anyio
+async def test_the_operator_tries_a_canary_again_that_was_taken_back_everywhere() -> None:
+    clock = ManualClock()
+    state = MemoryState(clock)
+    ours, theirs = _versions(clock, state), _versions(clock, state)
+    for _ in range(3):
+        ours.ended(CANARY, AgentCrashed("gone"), 1.0)
+    await ours.tell()
+    await theirs.tell()
+    await theirs.decide(State.RUNNING)
+    await ours.tell()
+    await theirs.tell()
+    assert (ours.state, theirs.state) == (State.RUNNING, State.RUNNING)
+    for _ in range(3):
+        theirs.ended(CANARY, AgentCrashed("gone again"), 1.0)
+    await theirs.tell()
+    await ours.tell()
+    assert (ours.state, theirs.state) == (State.ROLLED_BACK, State.ROLLED_BACK)
+
+
+@pytest.mark.anyio
+async def test_a_replica_hears_of_a_roll_back_that_shared_state_had_lost() -> None:
+    clock = ManualClock()
+    state = MemoryState(clock)
+    ours, started_later = _versions(clock, state), _versions(clock, state)
+    for _ in range(3):
+        ours.ended(CANARY, AgentCrashed("gone"), 1.0)
+    await ours.tell()
+    await state.delete("canary/1.0.0/2.0.0")
+    await ours.tell()
+    await started_later.tell()
+    assert started_later.state is State.ROLLED_BACK
+
+
+@pytest.mark.anyio
 async def test_turns_outside_of_the_window_do_not_count_and_a_pin_is_kept_or_refused() -> None:
     clock = ManualClock()
     versions = _versions(clock, MemoryState(clock))

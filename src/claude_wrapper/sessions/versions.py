@@ -159,16 +159,20 @@ class Versions:
             await self.tell()
 
     async def tell(self) -> None:
-        """Agree with the other replicas: whoever decided first speaks for all, but for the operator, who comes last."""
+        """Agree with the other replicas: whoever decided first speaks for all, but for the operator, who comes last.
+
+        What was agreed is said again when shared state has lost it, for replicas that start later.
+        """
         if self._values is None or self.canary is None:
             return
         key = f"canary/{await self.main()}/{self.canary}"
         try:
-            if self.state is not State.RUNNING and self._untold:
-                await self._values.set(key, str(self.state).encode(), ttl=_KEPT_SECONDS)
-                self._untold = False
-            elif (heard := await self._values.get(key)) is not None and heard.decode() != self.state:
+            heard = None if self._untold else await self._values.get(key)
+            if heard is not None and heard.decode() != self.state:
                 self._become(State(heard.decode()), "by another replica")
+                self._untold = False
+            elif self._untold or (heard is None and self.state is not State.RUNNING):
+                await self._values.set(key, str(self.state).encode(), ttl=_KEPT_SECONDS)
                 self._untold = False
         except StorageUnavailable as error:
             log.warning("canary.not_agreed", reason=error.message)
