@@ -101,6 +101,14 @@ async def test_a_fault_may_happen_only_once(client: anthropic.AsyncAnthropic) ->
     assert await said(client, "[[error-once 503 overloaded_error]] hi") == "You said: hi"
 
 
+async def test_a_text_may_be_answered_otherwise_each_time_that_it_arrives(client: anthropic.AsyncAnthropic) -> None:
+    text = "[[say one]] [[again]] [[error 503]] [[again]] [[say three]]"
+    assert await said(client, text) == "one"
+    with pytest.raises(anthropic.APIStatusError):
+        await said(client, text)
+    assert [await said(client, text) for _ in range(2)] == ["three", "three"]
+
+
 async def test_a_cut_stream_loses_the_connection_after_its_deltas(
     client: anthropic.AsyncAnthropic, upstream: ScriptedUpstream
 ) -> None:

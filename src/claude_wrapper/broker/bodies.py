@@ -17,6 +17,7 @@ import msgspec
 
 from claude_wrapper.broker.calls import CredentialKind, TurnContext
 from claude_wrapper.broker.refusals import Refused, refuse
+from claude_wrapper.wire.usage import Usage
 
 SYSTEM_PLACEHOLDER = "claude-wrapper:system-placeholder"
 """The system prompt of a primed spare; the broker puts the caller's in its place."""
@@ -100,6 +101,11 @@ def rewrite(body: Body, turn: TurnContext | None, kind: CredentialKind, *, repea
         changes.update(turn.overrides)
         _keep_consistent(body, changes)
     return Rewritten(_merge(body, changes), main)
+
+
+def estimate(body: Body, most_output: int) -> Usage:
+    """What a call may use at most, roughly: a token is 4 bytes of the request."""
+    return Usage(input_tokens=len(body.raw) // 4, output_tokens=min(body.max_tokens or most_output, most_output))
 
 
 def with_model(body: bytes, model: str) -> bytes:

@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import random
 import socket as sockets
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from claude_wrapper.broker import owncalls
 from claude_wrapper.broker.breaker import BreakerView
 from claude_wrapper.broker.bridge import McpBridge, Observe
-from claude_wrapper.broker.calls import CallSink, Credential, Gate, Observer
+from claude_wrapper.broker.calls import Binding, CallSink, Credential, Gate, Observer, TurnContext
 from claude_wrapper.broker.egress import Egress, EgressSettings
 from claude_wrapper.broker.endpoint import Endpoint
 from claude_wrapper.broker.hosts import Resolver
@@ -19,6 +22,7 @@ from claude_wrapper.broker.keeping import Caching
 from claude_wrapper.broker.lines import Lines
 from claude_wrapper.broker.mcp import McpClient, McpServer
 from claude_wrapper.broker.means import LooseEnds, Means
+from claude_wrapper.broker.owncalls import OwnAnswer
 from claude_wrapper.broker.refusals import refuse
 from claude_wrapper.broker.settings import BrokerSettings
 from claude_wrapper.broker.sockets import bind_private
@@ -132,6 +136,10 @@ class Broker:
     def mcp_bridge(self, server: McpServer, observe: Observe | None = None) -> McpBridge:
         """A conversation with a remote MCP server for the CLI's `mcp_message` requests; the caller closes it."""
         return McpBridge(self._means.mcp, server, observe=observe or self._means.observer.mcp_message)
+
+    async def ask(self, binding: Binding, turn: TurnContext, body: Mapping[str, Any]) -> OwnAnswer:
+        """A Messages request of the server itself for a session; see `owncalls.ask`."""
+        return await owncalls.ask(self._means, binding, turn, body)
 
     def refuse_while_shut(self, credential: Credential) -> None:
         """Raise UpstreamUnavailable while the breaker of this upstream and credential is open: before work is begun.

@@ -297,10 +297,7 @@ class Endpoint:
             raise refuse(403, "permission_error", f"The model {asked.model[:100]!r} is not allowed here.")
         rewritten = bodies.rewrite(asked, turn, binding.credential.kind, repeats_failed=self._main_failed)
         messages = route.kind is Kind.MESSAGES
-        estimate = Usage()
-        if messages:
-            most = self._means.settings.estimate_output_tokens
-            estimate = Usage(input_tokens=len(body) // 4, output_tokens=min(asked.max_tokens or most, most))
+        estimate = bodies.estimate(asked, self._means.settings.estimate_output_tokens) if messages else Usage()
         main = rewritten.main and messages
         return Order(
             binding,

@@ -8,15 +8,15 @@ sent is recorded once.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Protocol
 
 from claude_wrapper import ids
 from claude_wrapper.broker import inject, keeping
 from claude_wrapper.broker.asking import Asking, Order
 from claude_wrapper.broker.attempt import Opened, Rejected, request_id
 from claude_wrapper.broker.calls import DONE_BY_CLIENT, STREAM_CUT, Reservation, UpstreamCall
-from claude_wrapper.broker.http1 import Reply
 from claude_wrapper.broker.keeping import Keeping, Kept, Tape
 from claude_wrapper.broker.means import Means
 from claude_wrapper.broker.meter import Meter
@@ -24,6 +24,25 @@ from claude_wrapper.broker.refusals import INTERNAL, Refusal, Refused
 from claude_wrapper.broker.upstream import UpstreamFailure
 from claude_wrapper.storage.cache import Computed
 from claude_wrapper.wire.usage import Usage
+
+
+class Reply(Protocol):
+    """Where an answer goes: to a process (`http1.Reply`), or to the server itself."""
+
+    def start(self, status: int, headers: Iterable[tuple[str, str]], *, length: int | None = None) -> None: ...
+
+    def feed(self, data: bytes) -> None: ...
+
+    @property
+    def congested(self) -> bool: ...
+
+    async def drain(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def whole(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None: ...
+
+    def cut(self) -> None: ...
 
 
 class Exchange:

@@ -59,10 +59,17 @@ class Answer:
         return stop
 
 
-def due_step(body: Mapping[str, Any], failed_before: Callable[[str], bool]) -> tuple[Step, script.Received]:
-    """The step that this request asks for. `failed_before(key)` says whether a once-only fault was already dealt out."""
+def due_step(
+    body: Mapping[str, Any],
+    failed_before: Callable[[str], bool],
+    arrivals: Callable[[str, bool], int] = lambda _text, _first_step: 1,
+) -> tuple[Step, script.Received]:
+    """The step that this request asks for. `failed_before(key)` says whether a once-only fault was already dealt out,
+    `arrivals(text, first step)` how often a text with several answers has arrived, this time included."""
     heard = script.received(body["messages"])
-    steps = script.parse(heard.text)
+    answers = script.answers_in(heard.text)
+    at = arrivals(heard.text, heard.round == 0) - 1 if len(answers) > 1 else 0
+    steps = script.parse(answers[min(at, len(answers) - 1)])
     if heard.round >= len(steps):
         return Step(), heard
     step = steps[heard.round]

@@ -12,7 +12,7 @@ The prompt decides what is answered: see the table in `claude_wrapper.testing.sc
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -116,6 +116,7 @@ class ScriptedUpstream:
         self._changed = asyncio.Event()
         self._closing = asyncio.Event()
         self._failed_once: set[str] = set()
+        self._arrived: Counter[str] = Counter()
         self._serial = 0
 
     # Life --------------------------------------------------------------------------------------------------------
@@ -179,6 +180,7 @@ class ScriptedUpstream:
         """Start counting and recording anew."""
         self.requests.clear()
         self._failed_once.clear()
+        self._arrived.clear()
         self.count, self.usage_totals = 0, Usage()
 
     # Messages --------------------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ class ScriptedUpstream:
     async def _answer(self, http: web.Request, record: RecordedRequest, raw: bytes) -> web.StreamResponse:
         if (status := self.fail_models.get(record.body["model"])) is not None:
             raise _Refused(status, f"Scripted error {status} of the model.")
-        step, heard = answers.due_step(record.body, self._failed_before)
+        step, heard = answers.due_step(record.body, self._failed_before, self._arrivals)
         if step.first:
             await self._sleep(step.first)
         if step.error is not None:
@@ -284,6 +286,10 @@ class ScriptedUpstream:
             return True
         self._failed_once.add(key)
         return False
+
+    def _arrivals(self, text: str, first_step: bool) -> int:
+        self._arrived[text] += first_step
+        return self._arrived[text]
 
     # The other endpoints -------------------------------------------------------------------------------------------------
 

@@ -26,12 +26,14 @@ that are only a `<system-reminder>` and the CLI's interruption notices do not co
 | `[[retry-after SECONDS]]` | sets `retry-after` on the error (429 and 529 have `1` anyway) |
 | `[[cut N]]` | drops the connection after N deltas of a stream; a request without `stream` is answered |
 | `[[hang]]` | never answers; `[[hang N]]` stops after N deltas |
+| `[[again]]` | ends an answer: what follows is answered when this driving text arrives the next time, the last one from then on |
 | `[[once]]` | `error-after`, `cut` and `hang` of this step happen only the first time that this driving text arrives |
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +42,7 @@ from typing import Any
 INTERRUPTED = "[Request interrupted by user"
 _OPEN = re.compile(r"\[\[\s*([a-z]+(?:-[a-z]+)*)(?=[\s\]])")
 _TOOL_NAME = re.compile(r"\s*([^\s\]{]+)\s*")
+_AGAIN = re.compile(r"\[\[\s*again\s*\]\]")
 _CLOSE = re.compile(r"\s*\]\]")
 _REMINDER = re.compile(r"\s*<system-reminder>.*</system-reminder>\s*", re.DOTALL)
 
@@ -73,8 +76,13 @@ class Step:
 
 NAMES = frozenset(
     {"say", "tokens", "think", "tool", "then", "structured", "history", "recall", "system", "field", "stop", "delay"}
-    | {"first", "error", "error-once", "error-after", "retry-after", "cut", "hang", "once"}
+    | {"first", "error", "error-once", "error-after", "retry-after", "cut", "hang", "again", "once"}
 )
+
+
+def answers_in(text: str) -> list[str]:
+    """The driving text, cut at each `[[again]]`: one for each time that it arrives."""
+    return _AGAIN.split(text)
 
 
 def parse(text: str) -> list[Step]:
@@ -151,6 +159,8 @@ def _apply(step: Step, name: str, argument: Any, tool: str) -> None:
             step.hang_after = int(number) if words else -1
         case "once":
             step.once = True
+        case "again":
+            pass  # what goes before and after it is parsed alone (`answers_in`)
         case "stop" | "retry-after":
             setattr(step, "stop_reason" if name == "stop" else "retry_after", argument)
         case _:
@@ -159,9 +169,10 @@ def _apply(step: Step, name: str, argument: Any, tool: str) -> None:
 
 def _number(word: str) -> float:
     try:
-        return max(0.0, float(word))
+        number = float(word)
     except ValueError:
         return 0.0
+    return max(0.0, number) if math.isfinite(number) else 0.0
 
 
 def without_faults(step: Step) -> Step:
