@@ -47,10 +47,12 @@ class Cli:
 
 
 @asynccontextmanager
-async def cli(real_cli: Path, tmp: Path, process: Process) -> AsyncIterator[Cli]:
+async def cli(
+    real_cli: Path, tmp: Path, process: Process, *, tools: str = "", env: dict[str, str] | None = None
+) -> AsyncIterator[Cli]:
     home, work = tmp / "home", tmp / "work"
-    home.mkdir()
-    work.mkdir()
+    home.mkdir(exist_ok=True)
+    work.mkdir(exist_ok=True)
     started = await asyncio.create_subprocess_exec(
         real_cli,
         *[
@@ -63,7 +65,7 @@ async def cli(real_cli: Path, tmp: Path, process: Process) -> AsyncIterator[Cli]
             "--include-partial-messages",
         ],
         *["--permission-prompt-tool", "stdio", "--strict-mcp-config", "--bare", "--setting-sources"],
-        *("", "--tools", "", "--model", MODEL),
+        *("", "--tools", tools, "--model", MODEL),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
@@ -78,6 +80,7 @@ async def cli(real_cli: Path, tmp: Path, process: Process) -> AsyncIterator[Cli]
             "DISABLE_TELEMETRY": "1",
             "DISABLE_AUTOUPDATER": "1",
             "CLAUDE_CODE_MAX_RETRIES": "0",
+            **(env or {}),
             **({"ANTHROPIC_UNIX_SOCKET": str(process.endpoint.socket)} if process.endpoint.socket else {}),
         },
     )

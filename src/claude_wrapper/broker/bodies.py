@@ -28,6 +28,10 @@ MAX_CACHE_BREAKPOINTS = 4
 _IMAGE_NOTE_BYTES = b"[Image: source: /tmp/claude-"
 _IMAGE_NOTE = re.compile(r"\[Image: source: /tmp/claude-[^\]\s]*\]")
 _PLACEHOLDER_BYTES = SYSTEM_PLACEHOLDER.encode()
+_SUMMARY = "Your task is to create a detailed summary of the conversation so far"
+_SUMMARY_BYTES = _SUMMARY.encode()
+_SUMMARY_REACH = 32_000
+"""The CLI's request for a summary has about 7,000 bytes, at the end: the conversation before it need not be read."""
 _FIELDS: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -84,7 +88,7 @@ def rewrite(body: Body, turn: TurnContext | None, kind: CredentialKind, *, repea
 
     The placeholder is replaced in every request that carries it; the overrides go into the main request only: the
     streaming one (or its non-streaming repetition after it failed: the CLI does that once) for the turn's model, which carries the
-    placeholder if the process was primed with it.
+    placeholder if the process was primed with it, and does not ask for a summary of the conversation.
     """
     carries = _carries_placeholder(body)
     main = turn is not None and _is_main(body, turn, carries=carries, repeats_failed=repeats_failed)
@@ -108,6 +112,17 @@ def estimate(body: Body, most_output: int) -> Usage:
     return Usage(input_tokens=len(body.raw) // 4, output_tokens=min(body.max_tokens or most_output, most_output))
 
 
+def asks_for_summary(messages: Any) -> bool:
+    """Whether these messages, decoded, end with the CLI's own request to summarise them: it compacts the conversation.
+
+    Only the last message tells (seen with 2.1.327, on `/compact` and when the CLI does it by itself): model, system
+    prompt and tools are the turn's. A caller's text comes as a list of blocks, the CLI's request as plain text.
+    """
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    content = last.get("content") if isinstance(last, dict) else None
+    return isinstance(content, str) and _SUMMARY in content
+
+
 def with_model(body: bytes, model: str) -> bytes:
     """A body that was read and rewritten before, for another model."""
     return msgspec.json.encode({**_FIELDS.decode(body), "model": model})
@@ -126,7 +141,14 @@ def _typed(fields: Mapping[str, msgspec.Raw], name: str, kind: type[Any], defaul
 def _is_main(body: Body, turn: TurnContext, *, carries: bool, repeats_failed: bool) -> bool:
     if _plain(body.model) != _plain(turn.model) or (turn.placeholder and not carries):
         return False
-    return body.stream or repeats_failed
+    return (body.stream or repeats_failed) and not _is_summary(body)
+
+
+def _is_summary(body: Body) -> bool:
+    raw = body.fields.get("messages")
+    if raw is None or _SUMMARY_BYTES not in memoryview(raw)[-_SUMMARY_REACH:].tobytes():
+        return False
+    return asks_for_summary(msgspec.json.decode(raw))
 
 
 def _plain(model: str) -> str:

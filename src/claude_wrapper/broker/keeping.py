@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
+from claude_wrapper.broker.bodies import asks_for_summary
 from claude_wrapper.broker.calls import CacheTerms, CacheUse, Credential
 from claude_wrapper.broker.inject import Headers
 from claude_wrapper.broker.policy import Kind, Route
@@ -24,8 +25,6 @@ _FORM: Final = "1"
 """Part of every key: change it when the form of keys or kept answers changes."""
 _BEHAVIOUR: Final = ("anthropic-version", "anthropic-beta")
 _BILLING: Final = "x-anthropic-billing-header:"
-_SUMMARY: Final = b"create a detailed summary of the conversation"
-"""The beginning of the CLI's request for a summary when it compacts a conversation (seen with 2.1.327)."""
 _MESSAGE_ID: Final = re.compile(rb'"id":\s*"(msg_[^"]{1,100})"')
 
 
@@ -99,10 +98,12 @@ def answer_may_be_kept(terms: CacheTerms, body: bytes, *, use: CacheUse | None, 
         return True
     if terms.answers != Ways.DETERMINISTIC:
         return False
-    if not main and _SUMMARY in body[-20_000:]:
-        return True
     fields = _fields(body)
-    return fields is not None and not fields.get("tools") and fields.get("temperature") == 0
+    if fields is None:
+        return False
+    if not main and asks_for_summary(fields.get("messages")):
+        return True
+    return not fields.get("tools") and fields.get("temperature") == 0
 
 
 def key_of(
