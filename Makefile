@@ -54,8 +54,8 @@ bench: setup ## Measure, as ratios side by side; prints tables and writes bench/
 attack: setup ## Attack every sandbox level from the inside
 	@$(BIN)/python -m claude_wrapper.testing.attack
 
-soak: setup ## Ten minutes of load and faults; SOAK_SECONDS and SOAK_SEED change length and plan
-	@$(BIN)/python -m claude_wrapper.testing.soak --seconds $(or $(SOAK_SECONDS),600) --seed $(or $(SOAK_SEED),1) --report docs/soak
+soak: setup ## Ten minutes of load and faults; SOAK_SECONDS, SOAK_SEED and SOAK_REPLICAS change length, plan and replicas
+	@$(BIN)/python -m claude_wrapper.testing.soak --seconds $(or $(SOAK_SECONDS),600) --seed $(or $(SOAK_SEED),1) $(if $(SOAK_REPLICAS),--replicas $(SOAK_REPLICAS)) --report docs/soak
 
 clean: ## Remove what the targets above installed
 	rm -rf .venv .venv-sdk1 .venv-mcp tests/mcpservers/npm/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -300,6 +300,9 @@ class ScriptedUpstream:
                 await self._sleep(self.slow_reads)
             raw = await self._read(http, record)
             self._check_messages(record.body, needs_max_tokens=False)
+            step, _ = answers.due_step(record.body, self._failed_before)
+            if step.hang_after == -1:
+                await self._hang(http, record)
             return self._json(record, {"input_tokens": answers.prompt_usage(record.body, raw).prompt_tokens})
         except _Refused as refused:
             return self._refusal(record, refused)

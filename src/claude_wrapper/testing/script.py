@@ -25,7 +25,7 @@ that are only a `<system-reminder>` and the CLI's interruption notices do not co
 | `[[error-after N TYPE?]]` | sends N deltas, then an `error` event (`overloaded_error`) |
 | `[[retry-after SECONDS]]` | sets `retry-after` on the error (429 and 529 have `1` anyway) |
 | `[[cut N]]` | drops the connection after N deltas of a stream; a request without `stream` is answered |
-| `[[hang]]` | never answers; `[[hang N]]` stops after N deltas |
+| `[[hang]]` | never answers (token counts neither); `[[hang N]]` stops after N deltas |
 | `[[again]]` | ends an answer: what follows is answered when this driving text arrives the next time, the last one from then on |
 | `[[once]]` | `error-after`, `cut` and `hang` of this step happen only the first time that this driving text arrives |
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -69,10 +70,20 @@ class Follower:
             await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _connect(self) -> None:
+        fleet = self._asker.fleet
+        replica, began = fleet.choose(), time.monotonic()
+        try:
+            await self._read(replica.url)
+        except (aiohttp.ClientError, ConnectionError) as error:
+            if not isinstance(error, aiohttp.ServerTimeoutError):
+                fleet.lost(replica, began, f"stream of {self._session}: {type(error).__name__}")
+            raise
+
+    async def _read(self, base: str) -> None:
         asker = self._asker
         headers = {"x-api-key": asker.key, "last-event-id": str(self.seen[-1][0] if self.seen else 0)}
         limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE_SECONDS)
-        url = f"{asker.base}/v1/sessions/{self._session}/events/stream"
+        url = f"{base}/v1/sessions/{self._session}/events/stream"
         async with asker.http.get(url, headers=headers, timeout=limits) as response:
             if response.status != 200:
                 if response.status not in outcomes.CLEAR:

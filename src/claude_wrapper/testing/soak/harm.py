@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 from claude_wrapper.testing.soak import plan
 from claude_wrapper.testing.soak.asking import Asker
+from claude_wrapper.testing.soak.fleet import Fleet, start_all
+from claude_wrapper.testing.soak.outcomes import Down
 from claude_wrapper.testing.soak.plan import FaultPlan
 from claude_wrapper.testing.soak.record import Record
 from claude_wrapper.testing.soak.served import Served, descendants
@@ -41,7 +43,7 @@ _END_SECONDS: Final = 60.0
 class Harm:
     """Everything that is broken on purpose."""
 
-    server: Served
+    fleet: Fleet
     around: Surroundings
     record: Record
     operator: Asker
@@ -51,6 +53,7 @@ class Harm:
     expected: Callable[[], int]
     """How many faults there should have been by now."""
     seen_children: set[int]
+    lease_seconds: float
 
     @property
     def available(self) -> tuple[str, ...]:
@@ -85,9 +88,13 @@ class Harm:
                 case "blob store away":
                     await self.around.take_blobs_away(length)
                 case "disk full":
-                    await self.around.fill_disk(length)
+                    await self.around.fill_disk(self._one(fault.choice).number, length)
+                case "pause server":
+                    await self._pause(self._one(fault.choice), length)
+                case "kill all servers":
+                    await self._restart(self.fleet.replicas, fault.kind, 0.0)
                 case _:
-                    await self._restart(fault.kind)
+                    await self._restart([self._one(fault.choice)], fault.kind, length)
             self.record.outages.append((since, self.record.now, fault.kind))
 
     async def _wait(self, fault: FaultPlan, *, hurry: bool = True) -> bool:
@@ -97,7 +104,7 @@ class Harm:
 
     async def _half_request(self) -> None:
         """A client that hangs up in the middle of its own question. It costs nearly nothing, on slow machines too."""
-        where = urlsplit(self.operator.base)
+        where = urlsplit(self.fleet.choose().url)
         head = f"POST /v1/messages HTTP/1.1\r\nhost: soak\r\nx-api-key: {self.operator.key}\r\ncontent-length: 9999\r\n\r\n"
         try:
             async with asyncio.timeout(_HALF_SECONDS):
@@ -113,7 +120,7 @@ class Harm:
 
     async def _victim(self, choice: float) -> int | None:
         """The Claude process of one of the victim's slots; those that work are struck first."""
-        reply = await self.operator.ask("GET", "/v1/pool/stats")
+        reply = await self.operator.ask("GET", "/v1/pool/stats", at=self.fleet.choose())
         if not reply.ok:
             return None
         users = [user for user in reply.body["active_users"] if user["user_id"] == self.victim and user["pid"]]
@@ -142,19 +149,34 @@ class Harm:
 
     # The server ---------------------------------------------------------------------------------------------------------
 
-    async def _restart(self, kind: str) -> None:
-        server, up = self.server, self.operator.up
-        self.seen_children |= descendants(server.pid)
-        up.clear()
+    def _one(self, choice: float) -> Served:
+        return self.fleet.replicas[int(choice * 1_000) % len(self.fleet.replicas)]
+
+    async def _restart(self, replicas: Sequence[Served], kind: str, away: float) -> None:
+        """Kill or end them; those that are not the only ones stay away a while, so that others take their sessions."""
         since = time.monotonic()
-        if kind == "kill server":
-            self.record.kills.append(since)
-        server.signal(signal.SIGKILL if kind == "kill server" else signal.SIGTERM)
-        await server.ended(_END_SECONDS)
-        await server.close()
-        await server.start()
-        self.record.downs.append((since, time.monotonic()))
-        up.set()
+        for one in replicas:
+            self.seen_children |= descendants(one.pid)
+            if kind != "end server":
+                self.record.kills.append(since)
+            one.signal(signal.SIGTERM if kind == "end server" else signal.SIGKILL)
+        for one in replicas:
+            await one.ended(_END_SECONDS)
+            await one.close()
+        if len(replicas) < len(self.fleet.replicas):
+            await asyncio.sleep(away * self.lease_seconds / 2)
+        await start_all(replicas)
+        self.record.downs += [Down(one.number, since, time.monotonic(), kind) for one in replicas]
+
+    async def _pause(self, replica: Served, more: float) -> None:
+        """Stop it for longer than its lease: others take its sessions, and what it writes afterwards comes too late."""
+        since = time.monotonic()
+        replica.signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(self.lease_seconds + more)
+        finally:
+            replica.signal(signal.SIGCONT)
+            self.record.pauses.append(Down(replica.number, since, time.monotonic(), "pause server"))
 
 
 async def _wake(pid: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import aiohttp
@@ -15,7 +15,7 @@ from claude_wrapper.testing.soak import plan
 from claude_wrapper.testing.soak.asking import ANSWER_SECONDS, Asker, Reply
 from claude_wrapper.testing.soak.following import Follower
 from claude_wrapper.testing.soak.messages import MODEL
-from claude_wrapper.testing.soak.outcomes import Outcome
+from claude_wrapper.testing.soak.outcomes import ANSWER, Outcome
 from claude_wrapper.testing.soak.plan import ConversationPlan, TurnPlan
 from claude_wrapper.testing.soak.record import Record
 
@@ -111,6 +111,7 @@ class ManagedConversation:
             caught_up = await self._caught_up(session, follower) if finished else True
             await follower.close()
             self.record.followed.append(follower.followed(to_the_end=finished and caught_up, caught_up=caught_up))
+            self.record.said.update(nonce for nonce in map(_answers, follower.events) if nonce)
             for one in follower.unclear:
                 self._note("stream", "", began, Reply("unclear", detail=one, request=session))
         if file is not None:
@@ -124,8 +125,7 @@ class ManagedConversation:
         began, mark = time.monotonic(), len(follower.events)
         prompt = turn.prompt
         message = {"type": "user.message", "content": [{"type": "text", "text": prompt}]}
-        reply = await self.asker.ask("POST", f"/v1/sessions/{session}/events", json={"events": [message]})
-        if not reply.ok and not await self._taken(session, turn.nonce, reply):
+        if not (reply := await self._say(session, message, turn.nonce)).ok:
             self._note(turn.kind, turn.nonce, began, reply)
             return True
         heard = await self._listen(session, follower, turn, mark)
@@ -139,8 +139,21 @@ class ManagedConversation:
         else:
             kinds = " ".join(str(event["type"]) for event in follower.events[mark:])
             how, detail = "answered", "" if turn.nonce in text else f"the events of the turn: {kinds}"
-        self._note(turn.kind, turn.nonce, began, Reply(how, reply.status, None, detail, session), text)
+        self._note(turn.kind, turn.nonce, began, replace(reply, how=how, detail=detail, request=session), text)
         return heard.over
+
+    async def _say(self, session: str, message: dict[str, Any], nonce: str) -> Reply:
+        """Send a message; once more through another replica when the first did not take it."""
+        path, body = f"/v1/sessions/{session}/events", {"events": [message]}
+        reply = await self.asker.ask("POST", path, json=body, repeat=False)
+        if reply.ok or await self._taken(session, nonce, reply):
+            return replace(reply, how="answered")
+        if not reply.again or len(self.asker.fleet.replicas) == 1:
+            return reply
+        self.asker.fleet.repeats += 1
+        reply = replace(await self.asker.ask("POST", path, json=body, repeat=False), attempts=2)
+        taken = reply.ok or await self._taken(session, nonce, reply)
+        return replace(reply, how="answered") if taken else reply
 
     async def _taken(self, session: str, nonce: str, reply: Reply) -> bool:
         """A message whose answer was lost, or that failed late, may be in the log all the same: look there."""
@@ -239,8 +252,18 @@ class ManagedConversation:
                 reply.detail,
                 plan.SESSIONS,
                 reply.request,
+                reply.replica,
+                reply.attempts,
             )
         )
+
+
+def _answers(event: dict[str, Any]) -> str:
+    """The nonce of the turn that this event answers; empty: it answers none."""
+    if event["type"] != "agent.message":
+        return ""
+    found = ANSWER.match("".join(str(block.get("text", "")) for block in event["content"]))
+    return found[1] if found else ""
 
 
 def _heard(events: list[dict[str, Any]], nonce: str) -> _Heard:

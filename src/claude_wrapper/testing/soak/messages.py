@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import aiohttp
 import msgspec
 
-from claude_wrapper.testing.soak.asking import ANSWER_SECONDS, Asker, refusal
+from claude_wrapper.testing.soak.asking import ANSWER_SECONDS, Asker, Reply, refused
 from claude_wrapper.testing.soak.outcomes import Outcome
 from claude_wrapper.testing.soak.plan import ConversationPlan, TurnPlan
 from claude_wrapper.testing.soak.record import Record
+from claude_wrapper.testing.soak.served import Served
 from claude_wrapper.wire.sse import SSEDecoder
 
 MODEL: Final = "claude-sonnet-5-5"
@@ -65,39 +66,74 @@ class MessagesConversation:
         return body | {"messages": messages}
 
     async def _ask(self, body: dict[str, Any], turn: TurnPlan) -> tuple[Outcome, list[dict[str, Any]]]:
-        began = time.monotonic()
-        how, status, text, detail, process, request = "unclear", 0, "", "", "", ""
-        content: list[dict[str, Any]] = []
-        asker = self.asker
+        """Ask one replica; when it was not reached or turns the request away, another one, as the SDKs do."""
+        fleet, began = self.asker.fleet, time.monotonic()
+        first = fleet.choose()
+        answer = await self._once(first, body, turn)
+        another = fleet.another(first) if answer.reply.again else None
+        if another is not None:
+            fleet.repeats += 1
+            answer = await self._once(another, body, turn)
+        reply = answer.reply
+        outcome = Outcome(
+            self.plan.number,
+            turn.kind,
+            self.plan.calm,
+            turn.nonce,
+            began,
+            time.monotonic() - began,
+            reply.how,
+            reply.status,
+            answer.text,
+            reply.detail,
+            answer.process,
+            reply.request,
+            reply.replica,
+            1 if another is None else 2,
+        )
+        return outcome, answer.content
+
+    async def _once(self, replica: Served, body: dict[str, Any], turn: TurnPlan) -> _Answer:
+        began, asker, at = time.monotonic(), self.asker, replica.number
         headers = {"x-api-key": asker.key, "cw-turn-seconds": str(TURN_SECONDS)}
+        status, process, request = 0, "", ""
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                async with asker.http.post(f"{asker.base}/v1/messages", json=body, headers=headers) as response:
+                async with asker.http.post(f"{replica.url}/v1/messages", json=body, headers=headers) as response:
                     status, process = response.status, response.headers.get("cw-process", "")
                     request = response.headers.get("request-id", "")
                     if status != 200:
-                        reply = refusal(status, await response.json(), request)
-                        how, detail = reply.how, reply.detail
-                    elif body["stream"]:
+                        return _Answer(await refused(response, replica), "", process)
+                    if body["stream"]:
                         how, text, detail = await _read_stream(response, hang_up=turn.kind == "hang up")
+                        if how == "lost":
+                            asker.fleet.lost(replica, began, f"{turn.nonce}: the stream ended before its message")
                         content = [{"type": "text", "text": text}]
-                    else:
-                        answer = await response.json()
-                        content = answer["content"]
-                        text = msgspec.json.encode(content).decode()
-                        how = "answered" if answer["stop_reason"] else "unclear"
+                        return _Answer(Reply(how, status, None, detail, request, at), text, process, content)
+                    answer = await response.json()
+                    text = msgspec.json.encode(answer["content"]).decode()
+                    how = "answered" if answer["stop_reason"] else "unclear"
+                    return _Answer(Reply(how, status, None, "", request, at), text, process, answer["content"])
         except TimeoutError:
-            detail = f"no answer within {ANSWER_SECONDS:g} s"
+            reply = Reply("unclear", status, None, f"no answer within {ANSWER_SECONDS:g} s", request, at)
         except (aiohttp.ClientError, ConnectionError) as error:
-            how, detail = "lost", type(error).__name__
+            name = type(error).__name__
+            asker.fleet.lost(replica, began, f"{turn.nonce}: {name}")
+            # A stream that has begun cannot be asked for again; what was not answered at all can.
+            reply = Reply("lost", status, None, name, request, at, again=status == 0 or not body["stream"])
         except (ValueError, KeyError, TypeError) as error:
-            detail = f"{type(error).__name__}: {error}"
-        seconds = time.monotonic() - began
-        number, calm = self.plan.number, self.plan.calm
-        outcome = Outcome(
-            number, turn.kind, calm, turn.nonce, began, seconds, how, status, text, detail, process, request
-        )
-        return outcome, content
+            reply = Reply("unclear", status, None, f"{type(error).__name__}: {error}", request, at)
+        return _Answer(reply, "", process)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What one replica said."""
+
+    reply: Reply
+    text: str
+    process: str
+    content: list[dict[str, Any]] = field(default_factory=list)
 
 
 async def _read_stream(response: aiohttp.ClientResponse, *, hang_up: bool) -> tuple[str, str, str]:

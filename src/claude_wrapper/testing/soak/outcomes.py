@@ -15,6 +15,7 @@ from typing import Any, Final
 from claude_wrapper.sessions.takeover import UNSURE
 
 NONCE: Final = re.compile(r"n\d{5}x\d{2}x[0-9a-f]{6}")
+ANSWER: Final = re.compile(rf"({NONCE.pattern}) is the answer")
 AROUND_A_KILL: Final = 3.0
 """Seconds before a kill in which a call may have been answered and not yet been written down."""
 SHOWN: Final = 12
@@ -40,6 +41,30 @@ class Outcome:
     process: str = ""
     request: str = ""
     """The request's id, or the session's: what the server's log calls it."""
+    replica: int = -1
+    """Which one was asked last."""
+    attempts: int = 1
+    """Replicas that were asked, one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A connection that broke before its answer was over. Times are monotonic seconds."""
+
+    replica: int
+    began: float
+    ended: float
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    """From when to when a replica was away. Times are monotonic seconds."""
+
+    replica: int
+    since: float
+    until: float
+    kind: str = "kill server"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +94,20 @@ class UpstreamRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class CanaryLook:
+    """What a replica said of the new version of the CLI. `at`: monotonic seconds."""
+
+    at: float
+    replica: int
+    state: str
+    reason: str
+    turns: int
+    failures: int
+    worse: bool
+    """Whether the figures of that moment speak clearly against it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Invariant:
     """Something that must hold."""
 
@@ -77,17 +116,40 @@ class Invariant:
     detail: str
 
 
-def answered_once(outcomes: Sequence[Outcome], downs: Sequence[tuple[float, float]]) -> Invariant:
-    """Every request was answered, or failed clearly; connections were lost only while the server was killed or ended.
+def answered_once(outcomes: Sequence[Outcome], downs: Sequence[Down]) -> Invariant:
+    """Every request was answered, or failed clearly; it was lost only with the replica that it was last sent to.
 
-    `downs`: from when to when there was no server.
+    A request that can be repeated is asked again of another replica that is ready, so with one beside the killed one
+    only what cannot be repeated is lost: a stream that had begun. `downs`: when which replica was killed or ended.
     """
-    bad = [one for one in outcomes if one.how == "unclear" or (one.how == "lost" and not _while_down(one, downs))]
+    bad = [
+        one
+        for one in outcomes
+        if one.how == "unclear"
+        or (one.how == "lost" and not _while_down(one.replica, one.began, one.began + one.seconds, downs))
+    ]
     counts = Counter(one.how for one in outcomes)
+    again = sum(one.attempts > 1 for one in outcomes)
     shown = "; ".join(
         f"{one.kind} {one.nonce} {one.request}: {one.how} {one.status} {one.detail}"[:300] for one in bad[:SHOWN]
     )
-    return Invariant("every request was answered once or failed clearly", not bad, f"{dict(counts)} {shown}".strip())
+    detail = f"{dict(counts)}, {again} asked of a second replica {shown}".strip()
+    return Invariant("every request was answered once or failed clearly", not bad, detail)
+
+
+def lost_with_the_killed(losses: Sequence[Loss], downs: Sequence[Down]) -> Invariant:
+    """A connection broke only because the replica at its other end was killed or ended, not with one that went on."""
+    bad = [one for one in losses if not _while_down(one.replica, one.began, one.ended, downs)]
+    shown = "; ".join(f"to replica {one.replica}: {one.what}" for one in bad[:SHOWN])
+    return Invariant("connections broke only to replicas that went away", not bad, shown or f"{len(losses)} broke")
+
+
+def said_once(said: Mapping[str, int]) -> Invariant:
+    """No turn of a session was answered twice, whoever took it over, and whoever woke up after its lease."""
+    twice = [f"{nonce}: {count} times" for nonce, count in said.items() if count > 1]
+    return Invariant(
+        "no turn was answered twice", not twice, "; ".join(twice[:SHOWN]) or f"{len(said)} turns, each once"
+    )
 
 
 def no_bugs(outcomes: Iterable[Outcome]) -> Invariant:
@@ -183,22 +245,84 @@ def streams_complete(followed: Sequence[Followed], logs: Mapping[str, Sequence[t
     return Invariant("streams are complete after they were cut", not wrong, detail)
 
 
+def reads_hedged(
+    reads: Sequence[Outcome],
+    sent: Mapping[str, Sequence[str]],
+    ledger: Sequence[Mapping[str, Any]],
+    counted: float,
+    downs: Sequence[Down],
+) -> Invariant:
+    """A token count is asked of the upstream twice at most, both are counted, and its answer is in the ledger once at most.
+
+    `sent`: the ids of the upstream's requests by the nonce of the read, "" for those of nobody. `counted`: the sum of the
+    replicas' counters, as they were seen last; what a replica counted in its last seconds went with it.
+    """
+    rows = Counter(str(row["upstream_request_id"]) for row in ledger)
+    wrong, sure, maybe, gone = [], 0, len(sent.get("", ())), 0
+    for one in reads:
+        mine = sent.get(one.nonce, ())
+        twice = max(0, len(mine) - 1)
+        if len(mine) > 2 * one.attempts:
+            wrong.append(f"{one.nonce}: {len(mine)} requests")
+        if sum(rows[request] for request in mine) > 1:
+            wrong.append(f"{one.nonce}: {sum(rows[request] for request in mine)} ledger rows")
+        if one.attempts > 1 or one.how != "answered":
+            maybe += twice
+        elif _while_down(one.replica, one.began, one.began + one.seconds, downs):
+            gone += twice
+        else:
+            sure += twice
+    if not sure <= counted <= sure + gone + maybe:
+        wrong.append(f"{counted:.0f} were counted")
+    detail = f"{len(reads)} token counts, {sure + gone + maybe} asked twice, {counted:.0f} of them counted {'; '.join(wrong[:SHOWN])}"
+    return Invariant("slow reads are asked twice, counted, and booked once at most", not wrong, detail)
+
+
+def canary_taken_back(
+    looks: Sequence[CanaryLook], broken_at: float | None, *, replicas: int, told: bool, must: bool
+) -> Invariant:
+    """A new version of the CLI that breaks is taken back by itself, as soon as it is credibly worse.
+
+    `broken_at`: when it began to break; `told`: replicas tell each other, so that at the end all of them have taken it
+    back, also those that were started since. Without that one that sees it taken back is enough. `must`: the run is long
+    enough for it to have become credibly worse.
+    """
+    name = "a CLI version that breaks is taken back by itself"
+    before = max((one.turns for one in looks if broken_at is None or one.at < broken_at), default=0)
+    since = [one for one in looks if broken_at is not None and one.at >= broken_at]
+    back = [one for one in since if one.state == "rolled_back" and one.reason != "by the operator"]
+    if broken_at is None or not back:
+        most = max(since, key=lambda one: one.failures, default=None)
+        seen = f"{most.failures} of {most.turns} turns failed at most" if most else "it did not begin to break"
+        detail = f"not taken back: {seen}, which is too little to tell; before, it had {before} turns at a time"
+        return Invariant(name, not must and not any(one.worse for one in since), detail)
+    last = {one.replica: one.state for one in looks}
+    everywhere = len(last) == replicas and set(last.values()) == {"rolled_back"}
+    reasons = [one.reason for one in back if one.reason != "by another replica"]
+    detail = f"taken back {back[0].at - broken_at:.1f} s after it began to break ({reasons[0] if reasons else 'no replica says why'}); at the end {last}"
+    return Invariant(name, bool(reasons) and (everywhere or not told), detail)
+
+
 def files_kept(lost: Sequence[str], count: int) -> Invariant:
     """A file whose upload was answered is read back, byte for byte."""
     detail = f"{count} files; {'; '.join(lost[:SHOWN])}"
     return Invariant("uploaded files are what they were", not lost, detail)
 
 
-def calm_latency(outcomes: Iterable[Outcome], bound: float) -> Invariant:
-    """The 99th percentile of what the tenant without faults of its own waited."""
-    waits = sorted(one.seconds for one in outcomes if one.calm and one.how == "answered")
-    p99 = waits[min(len(waits) - 1, int(len(waits) * 0.99))] if waits else 0.0
-    detail = f"p99 {p99:.2f} s of {len(waits)} answers (bound: {bound:.0f} s)"
-    return Invariant("others' faults reach an untouched tenant within a bound", bool(waits) and p99 <= bound, detail)
+def calm_latency(outcomes: Iterable[Outcome], bound: float, *, began: float = 0.0) -> Invariant:
+    """The 99th percentile of what the tenant without faults of its own waited. `began`: when the run did."""
+    calm = sorted((one for one in outcomes if one.calm and one.how == "answered"), key=lambda one: one.seconds)
+    p99 = calm[min(len(calm) - 1, int(len(calm) * 0.99))].seconds if calm else 0.0
+    slowest = "; ".join(
+        f"{one.seconds:.1f} s at {one.began - began:.0f} s: {one.kind} {one.nonce} {one.process} {one.request}"
+        for one in reversed(calm[-3:])
+    )
+    detail = f"p99 {p99:.2f} s of {len(calm)} answers (bound: {bound:.0f} s); the slowest: {slowest}"
+    return Invariant("others' faults reach an untouched tenant within a bound", bool(calm) and p99 <= bound, detail)
 
 
 def bounded(samples: Sequence[Mapping[str, float]], *, bytes_most: float, descriptors_most: float) -> Invariant:
-    """The server's memory and descriptors stay under their bounds, whenever looked at."""
+    """Each replica's memory and descriptors stay under their bounds, whenever looked at."""
     memory = max((one["resident_bytes"] for one in samples), default=0.0)
     descriptors = max((one["descriptors"] for one in samples), default=0.0)
     return Invariant(
@@ -210,11 +334,11 @@ def bounded(samples: Sequence[Mapping[str, float]], *, bytes_most: float, descri
 
 def no_creep(samples: Sequence[Mapping[str, float]], *, growth_most: float, seconds_least: float = 90.0) -> Invariant:
     """A server that lives for some time does not keep growing: its least memory in the last quarter of its life is
-    little more than that in the second one. `life` in a sample numbers the server's starts.
+    little more than that in the second one. `life` in a sample numbers the starts of its `replica`.
     """
     worst, judged = 0.0, 0
-    for life in sorted({one["life"] for one in samples}):
-        mine = [one for one in samples if one["life"] == life]
+    for life in sorted({(one["replica"], one["life"]) for one in samples}):
+        mine = [one for one in samples if (one["replica"], one["life"]) == life]
         if mine[-1]["at"] - mine[0]["at"] < seconds_least:
             continue
         judged += 1
@@ -246,6 +370,8 @@ def enough(faults: int, least: int) -> Invariant:
     return Invariant("there were enough faults", faults >= least, f"{faults} faults, at least {least} wanted")
 
 
-def _while_down(one: Outcome, downs: Sequence[tuple[float, float]]) -> bool:
-    ended = one.began + one.seconds
-    return any(one.began - AROUND_A_KILL <= until and since <= ended + AROUND_A_KILL for since, until in downs)
+def _while_down(replica: int, began: float, ended: float, downs: Sequence[Down]) -> bool:
+    return any(
+        one.replica == replica and began - AROUND_A_KILL <= one.until and one.since <= ended + AROUND_A_KILL
+        for one in downs
+    )

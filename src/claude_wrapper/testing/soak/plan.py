@@ -31,14 +31,24 @@ TURN_KINDS: Final = (
     ("error in stream", 2),
 )
 """Kinds of turns with their weights. The last nine are faults."""
+SLOW_READ: Final = "count that hangs"
+READS: Final = ("count", SLOW_READ)
+"""Token counts. The second kind never comes: only a second, equal request is answered."""
+_SLOW_READS: Final = 0.12
+"""Less than the share of reads that may be asked twice."""
+_READS_FROM: Final = 90_000
+"""Numbers of reads among the conversations."""
+
 CALM: Final = frozenset({"plain", "streamed", "recall", "tools", "shell"})
 """Turns that are no faults. `shell` is `tools` in a session whose agent has a shell."""
-FAULTY: Final = frozenset(kind for kind, _ in TURN_KINDS) - CALM
-"""Turns that bring a fault with them. Requests that are no turns (`create`, `file`, `stream`) are in neither."""
+FAULTY: Final = (frozenset(kind for kind, _ in TURN_KINDS) - CALM) | {SLOW_READ}
+"""Requests that bring a fault with them. Requests that are no turns (`create`, `file`, `stream`) are in neither."""
 
 PROCESS_FAULTS: Final = (("kill process", 5), ("stop process", 2), ("flood output", 2), ("pause process", 1))
 STORE_FAULTS: Final = ("restart database", "restart redis", "blob store away", "disk full")
 SERVER_FAULTS: Final = ("kill server", "end server")
+REPLICA_FAULTS: Final = (*SERVER_FAULTS, "pause server", "kill all servers")
+"""Of several replicas: one of them, but for the last kind."""
 STREAM_FAULT: Final = "stream hung up"
 HALF_REQUEST: Final = "half a request"
 """Comes with every fault of a process."""
@@ -118,22 +128,40 @@ def process_faults(seed: int, every: float) -> Iterator[FaultPlan]:
         yield FaultPlan(rng.uniform(0.5, 1.5) * every, rng.choices(kinds, weights)[0], rng.random())
 
 
-def large_faults(seed: int, every: float, *, stores: tuple[str, ...]) -> Iterator[FaultPlan]:
-    """Faults of the stores and of the server, without end, one after the other; every third is the server's.
+def large_faults(seed: int, every: float, *, stores: tuple[str, ...], replicas: int = 1) -> Iterator[FaultPlan]:
+    """Faults of the stores and of the server, without end, one after the other; every third is the server's, with
+    several replicas every second.
 
-    `stores`: those of `STORE_FAULTS` that can be had here. Each comes as often as the others.
+    `stores`: those of `STORE_FAULTS` that can be had here. Each comes as often as the others of its kind.
     """
+    kinds = SERVER_FAULTS if replicas == 1 else REPLICA_FAULTS
+    each = 3 if replicas == 1 else 2
     rng = random.Random(f"large faults {seed}")  # noqa: S311 - a plan, not a secret
     waiting: list[str] = []
     servers: list[str] = []
     for number in range(10**9):
-        if number % 3 == 2 or not stores:
-            servers = servers or rng.sample(SERVER_FAULTS, len(SERVER_FAULTS))
+        if number % each == each - 1 or not stores:
+            servers = servers or rng.sample(kinds, len(kinds))
             kind = servers.pop()
         else:
             waiting = waiting or rng.sample(stores, len(stores))
             kind = waiting.pop()
         yield FaultPlan(rng.uniform(0.7, 1.3) * every, kind, rng.random())
+
+
+def reads(seed: int) -> Iterator[TurnPlan]:
+    """Token counts, without end."""
+    rng = random.Random(f"reads {seed}")  # noqa: S311 - a plan, not a secret
+    for number in range(10**9):
+        nonce = f"n{_READS_FROM + number // 100 % 10_000:05d}x{number % 100:02d}x{rng.randrange(16**6):06x}"
+        slow = rng.random() < _SLOW_READS
+        kind, prompt = (SLOW_READ, f"{nonce} [[hang]] [[once]]") if slow else ("count", nonce)
+        yield TurnPlan(kind, nonce, prompt, rng.uniform(0.2, 1.0))
+
+
+def conversation_of(nonce: str) -> int:
+    """Whose nonce it is."""
+    return int(nonce[1:6])
 
 
 def _turn(rng: random.Random, conversation: int, turn: int, door: str, *, calm: bool, shell: bool) -> TurnPlan:

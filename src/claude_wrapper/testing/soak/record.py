@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from claude_wrapper.testing.soak import plan
-from claude_wrapper.testing.soak.outcomes import Followed, Outcome
+from claude_wrapper.testing.soak.outcomes import CanaryLook, Down, Followed, Loss, Outcome
 
 _RECENT_SECONDS: Final = 20.0
 
@@ -26,9 +26,17 @@ class Record:
     outages: list[tuple[float, float, str]] = field(default_factory=list)
     """From when to when what was away: for the plots."""
     kills: list[float] = field(default_factory=list)
-    """Moments of SIGKILL of the server."""
-    downs: list[tuple[float, float]] = field(default_factory=list)
-    """From when to when there was no server."""
+    """Moments of SIGKILL of a replica."""
+    downs: list[Down] = field(default_factory=list)
+    """When which replica was killed or ended, until it was back."""
+    pauses: list[Down] = field(default_factory=list)
+    """When which replica was stopped for longer than its lease."""
+    losses: list[Loss] = field(default_factory=list)
+    """Connections that broke."""
+    canary: list[CanaryLook] = field(default_factory=list)
+    """What the replicas said of the new version of the CLI, in order."""
+    said: Counter[str] = field(default_factory=Counter)
+    """How often each turn of a session was answered in its log, by nonce."""
     followed: list[Followed] = field(default_factory=list)
     files: int = 0
     files_lost: list[str] = field(default_factory=list)

@@ -20,7 +20,7 @@ ADMIN_KEY: Final = "sk-cw-test-operator-key"
 
 @dataclass(eq=False)
 class Served:
-    """One server process after the other on the same data directory. Addresses change with every start."""
+    """One server process after the other on the same data directory and, after the first one, the same port."""
 
     data_dir: Path
     upstream_url: str
@@ -28,6 +28,10 @@ class Served:
     """Further settings, by their names without the prefix."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Further variables that are no settings."""
+    number: int = 0
+    """Among the replicas."""
+    lives: int = 0
+    """How often it was started."""
     url: str = ""
     process: asyncio.subprocess.Process | None = None
     _reading: asyncio.Task[None] | None = None
@@ -42,7 +46,7 @@ class Served:
     @property
     def log_file(self) -> Path:
         """Everything that the processes wrote to standard error."""
-        return self.data_dir.with_name(self.data_dir.name + ".log")
+        return self.data_dir.with_name(f"server-{self.number}.log")
 
     async def migrate(self) -> None:
         """Make the tables of a database that is not in the data directory. Raises RuntimeError with its last words."""
@@ -69,6 +73,8 @@ class Served:
             )
         async with asyncio.timeout(_START_SECONDS):
             self.url = await self._listening(self.process)
+        self.lives += 1
+        self.settings = {**self.settings, "port": self.url.rsplit(":", 1)[1]}
         self._reading = asyncio.get_running_loop().create_task(_drain(self.process))
 
     def _environment(self) -> dict[str, str]:
@@ -104,8 +110,9 @@ class Served:
             return await self.process.wait()
 
     async def close(self) -> None:
-        """Stop it whatever it does. Idempotent."""
+        """Stop it whatever it does, also when it is paused. Idempotent."""
         if self.process is not None and self.process.returncode is None:
+            self.signal(signal.SIGCONT)
             self.signal(signal.SIGTERM)
             try:
                 await self.ended(30)

@@ -26,10 +26,11 @@ _DISK_BYTES: Final = 640 * 2**20
 class Surroundings:
     """`settings` are what the server is given. What is None cannot be broken here; `without` says why."""
 
-    data_dir: Path
+    data_dirs: tuple[Path, ...]
+    """Of each replica its own."""
     blobs: Path
-    temporary: Path
-    """What the server takes for `/tmp`."""
+    temporaries: tuple[Path, ...]
+    """What each replica takes for `/tmp`."""
     settings: dict[str, str]
     postgres: PostgresServer | None = None
     redis: RedisServer | None = None
@@ -47,7 +48,9 @@ class Surroundings:
         """In a few words."""
         database = "Postgres" if "database_url" in self.settings else "SQLite"
         state = "Redis" if "redis_url" in self.settings else "memory"
-        return f"{database}, shared state in {state}, blobs in a directory"
+        count = len(self.data_dirs)
+        replicas = "1 replica" if count == 1 else f"{count} replicas"
+        return f"{database}, shared state in {state}, blobs in a directory, {replicas}"
 
     async def restart_database(self, seconds: float) -> None:
         """Kill it; start it again after so long."""
@@ -74,9 +77,9 @@ class Surroundings:
             self.blobs.unlink()
             aside.rename(self.blobs)
 
-    async def fill_disk(self, seconds: float) -> None:
-        """Not a byte is free in the data directory for so long."""
-        ballast = self.data_dir / "ballast"
+    async def fill_disk(self, replica: int, seconds: float) -> None:
+        """Not a byte is free in a replica's data directory for so long."""
+        ballast = self.data_dirs[replica] / "ballast"
         try:
             await asyncio.to_thread(_fill, ballast)
             await asyncio.sleep(seconds)
@@ -86,16 +89,28 @@ class Surroundings:
 
 @contextlib.asynccontextmanager
 async def surroundings(
-    directory: Path, *, embedded: bool = False, database_url: str | None = None, redis_url: str | None = None
+    directory: Path,
+    *,
+    replicas: int | None = None,
+    embedded: bool = False,
+    database_url: str | None = None,
+    redis_url: str | None = None,
 ) -> AsyncIterator[Surroundings]:
     """Postgres and Redis of our own where their wheels are installed, else SQLite and memory.
 
-    `embedded` takes those in any case. Servers that are given by URL are used and never broken.
+    `embedded` takes those in any case. Servers that are given by URL are used and never broken. `replicas`: None means
+    two, or one where they would have nothing to share.
     """
-    data_dir, blobs, temporary = directory / "data", directory / "blobs", directory / "tmp"
-    for path in (data_dir, blobs, temporary):
+    shared = not embedded and (database_url or stores.have_postgres()) and (redis_url or stores.have_redis())
+    count = (replicas or 2) if shared else 1
+    data_dirs = tuple(directory / f"data-{number}" for number in range(count))
+    temporaries = tuple(directory / f"tmp-{number}" for number in range(count))
+    blobs = directory / "blobs"
+    for path in (*data_dirs, *temporaries, blobs):
         path.mkdir(mode=0o711)
-    made = Surroundings(data_dir, blobs, temporary, {"data_dir": str(data_dir), "blob_url": str(blobs)})
+    made = Surroundings(data_dirs, blobs, temporaries, {"blob_url": str(blobs)})
+    if count < (replicas or 2):
+        made.without["several replicas"] = "they share a Postgres and a Redis, and here is only what is embedded"
     stack = contextlib.ExitStack()
     try:
         if database_url is not None:
@@ -115,10 +130,11 @@ async def surroundings(
         else:
             made.redis = await made.run(lambda: stack.enter_context(stores.running_redis()))
             made.settings["redis_url"] = made.redis.url
-        if refusal := _mount(data_dir):
-            made.without["disk full"] = refusal
-        else:
-            stack.callback(_unmount, data_dir)
+        for data_dir in data_dirs:
+            if refusal := _mount(data_dir):
+                made.without["disk full"] = refusal
+            else:
+                stack.callback(_unmount, data_dir)
         yield made
     finally:
         await made.run(stack.close)
