@@ -83,7 +83,12 @@ async def test_through_the_agents_own_bash_the_strongest_level_keeps_its_promise
     column = next(iter(columns(probe())))
     if column.label == Level.NONE:
         pytest.skip("this host can enforce no sandbox")
-    names = {"read another tenant's files", "broker: work under another slot's token", "broker: split requests"}
+    names = {
+        "read another tenant's files",
+        "broker: work under another slot's token",
+        "broker: split requests",
+        "broker: ask for another model than the turn's",
+    }
     attacks = tuple(attack for attack in (*ATTACKS, *BROKER_ATTACKS) if attack.name in names)
     outcomes, _ = await run_column_with_cli(column, attacks)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -194,16 +195,54 @@ async def test_nothing_of_one_session_goes_on_under_the_next(world: World) -> No
     assert [call.session for call in world.books.recorded] == ["sesn_1"]
 
 
-async def test_a_model_that_is_not_allowed_is_refused(world: World) -> None:
-    process = await world.process(bound=False)
-    bound = binding(world.upstream.url)
-    process.endpoint.bind(
-        type(bound)(bound.org, None, None, None, "s", bound.credential, frozenset({"claude-haiku-4-5"}))
-    )
-    process.endpoint.begin(turn())
-    async with process.post(GOOD) as answer:
-        assert answer.status == 403
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": "claude-opus-5-5"}, "the model 'claude-opus-5-5'"),
+        ({"model": "claude-haiku-4-5"}, "the model 'claude-haiku-4-5'"),
+        ({"model": ""}, "the model ''"),
+        ({"fallbacks": [{"model": "claude-opus-5-5"}]}, "`fallbacks`"),
+        ({"fallbacks": "default"}, "`fallbacks`"),
+        ({"speed": "fast"}, "`speed`"),
+        ({"tools": [{"name": "Read"}, {"type": "advisor_20260301", "model": MODEL}]}, "a tool that is a model"),
+    ],
+)
+@pytest.mark.parametrize("kind", list(CredentialKind))
+async def test_a_turn_is_for_its_own_model_alone(
+    world: World, changes: dict[str, Any], named: str, kind: CredentialKind
+) -> None:
+    process = await world.process(kind=kind)
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        async with process.post(request_body(**changes), path) as answer:
+            assert answer.status == 403
+            error = (await answer.json())["error"]
+        assert error["type"] == "permission_error"
+        assert error["message"].startswith("model_not_allowed: ")
+        assert named in error["message"]
     assert not world.upstream.requests
+    assert world.noted.models == [(MODEL, named)] * 2
+
+
+async def test_the_turns_model_may_be_named_with_and_without_its_context_suffix(world: World) -> None:
+    process = await world.process(begun=False)
+    process.endpoint.begin(turn(model=MODEL + "[1m]"))
+    async with process.post(request_body(tools=[{"name": "model", "input_schema": {"model": 1}}])) as answer:
+        assert answer.status == 200
+
+
+async def test_tokens_are_counted_between_turns_by_the_last_turns_model_and_before_any_by_none(world: World) -> None:
+    process = await world.process(begun=False)
+
+    async def status(model: str) -> int:
+        async with process.post(request_body(model=model), "/v1/messages/count_tokens") as answer:
+            return int(answer.status)
+
+    assert await status(MODEL) == 403
+    process.endpoint.begin(turn())
+    await process.endpoint.end()
+    assert [await status(MODEL), await status("claude-haiku-4-5")] == [200, 403]
+    process.endpoint.bind(binding(world.upstream.url, session="sesn_2"))
+    assert await status(MODEL) == 403
 
 
 @pytest.mark.parametrize(

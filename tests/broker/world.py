@@ -81,6 +81,10 @@ class Noted(Observer):
         self.spent: list[int] = []
         self.egressed: list[tuple[str, int, bool, str]] = []
         self.calls: list[UpstreamCall] = []
+        self.models: list[tuple[str, str]] = []
+
+    def model_refused(self, binding: Binding, model: str, asked: str) -> None:
+        self.models.append((model, asked))
 
     def fault(self, where: str, error: BaseException) -> None:
         self.faults.append((where, error))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from claude_wrapper.sessions.askers import asking, noted
 from claude_wrapper.sessions.spec import Message
 from claude_wrapper.sessions.takeover import ONWARD, How, continuation
 from claude_wrapper.sessions.transcript import calls_in
+from claude_wrapper.tenancy.principal import user_principal
+from claude_wrapper.tenancy.scopes import Role
 
 
 @dataclass(frozen=True)
@@ -141,3 +145,9 @@ def test_nothing_that_was_said_is_lost_and_nothing_is_asked_for_twice(data: st.D
     if found.how is How.REPLAY:
         assert set(found.ran).isdisjoint(found.unsure)
         assert set(calls_in(kept[-1])) == set(found.ran) | found.unsure
+
+
+@pytest.mark.parametrize("models", [None, frozenset({"claude-haiku-4-5", "claude-sonnet-*"})])
+def test_whoever_goes_on_has_no_right_of_the_asker_and_is_bound_to_their_models(models: frozenset[str] | None) -> None:
+    asker = replace(user_principal("org_1", "user_1", Role.ADMIN, workspace="wrkspc_1"), allowed_models=models)
+    assert asking("org_1", json.loads(json.dumps(noted(asker)))) == replace(asker, role=Role.VIEWER, scopes=frozenset())

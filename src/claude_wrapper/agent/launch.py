@@ -128,6 +128,11 @@ _FIXED_ENV: Mapping[str, str] = {
     "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
     "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
     "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
+    # A turn is for its own model: sub-agents are not offered another (the broker would refuse it), and a model that was
+    # asked for by its old name is not replaced by a new one.
+    "CLAUDE_CODE_SUBAGENT_MODEL": "inherit",
+    "CLAUDE_CODE_SUBAGENT_MODEL_FORCE": "1",
+    "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",
     "CLAUDE_CODE_MAX_RETRIES": "0",  # the broker retries; the CLI's ten retries turn a wrong key into minutes
 }
 

@@ -92,6 +92,7 @@ def turn_for(
         model=deps.settings.model_aliases.get(request.model, request.model),
         credential=credential,
         spec=spec,
+        allowed_models=principal.allowed_models,
         history=request.history(),
         system=request.system_blocks() or None if chat and not oauth else None,
         overrides=_overrides(request, client_tools, chat=chat, oauth=oauth),

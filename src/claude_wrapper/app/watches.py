@@ -302,6 +302,10 @@ class Calls(Observer):
             seconds=round(call.total_seconds, 4),
         )
 
+    def model_refused(self, binding: Binding, model: str, asked: str) -> None:
+        self._metrics.upstream_models_refused.inc()
+        log.warning("upstream.model_refused", org=binding.org, session=binding.session, model=model, asked=asked)
+
     def _span(self, call: UpstreamCall, where: TraceContext) -> None:
         self._tracer.past(
             genai.span_name(genai.CHAT, call.model),

@@ -32,7 +32,15 @@ _SUMMARY = "Your task is to create a detailed summary of the conversation so far
 _SUMMARY_BYTES = _SUMMARY.encode()
 _SUMMARY_REACH = 32_000
 """The CLI's request for a summary has about 7,000 bytes, at the end: the conversation before it need not be read."""
+_DEARER = ("fallbacks", "speed")
 _FIELDS: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class _Tool(msgspec.Struct):
+    model: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_TOOLS = msgspec.json.Decoder(list[_Tool] | None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,27 @@ def read(body: bytes) -> Body:
         raw=body if len(again) == len(body) else again,
         fields=fields,
     )
+
+
+def beyond(body: Body, model: str) -> str | None:
+    """What a process whose turn is for `model` asks for beside it, in words; None: nothing.
+
+    Other models are also named by `fallbacks` and by tools that are models (an advisor), and `speed` has a price of its
+    own. The CLI sends none of them (2.1.327): what its callers want of them comes as an override.
+    """
+    if _plain(body.model) != _plain(model):
+        return f"the model {body.model[:100]!r}"
+    for name in _DEARER:
+        if name in body.fields:
+            return f"`{name}`"
+    tools = body.fields.get("tools")
+    if tools is None:
+        return None
+    try:
+        named = any(tool.model is not msgspec.UNSET for tool in _TOOLS.decode(tools))
+    except msgspec.MsgspecError as error:
+        raise _invalid(f"tools: {error}") from None
+    return "a tool that is a model" if named else None
 
 
 def refused_overrides(kind: CredentialKind, turn: TurnContext) -> list[str]:

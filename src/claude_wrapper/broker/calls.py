@@ -88,7 +88,7 @@ class Binding:
     session: str
     credential: Credential
     allowed_models: frozenset[str] | None = None
-    """Models that the process may ask for; None: any."""
+    """Models that the caller's key may use, as a `Principal` has them: no other one may stand in; None: any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,7 @@ class TurnContext:
 
     turn: str
     model: str
+    """The only one that the process may ask for."""
     system: list[dict[str, Any]] | None = None
     """System blocks that take the place of the placeholder block; None removes it."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -206,6 +207,9 @@ class Observer:
 
     def breaker(self, upstream: str, credential_id: str, state: str) -> None:
         """A breaker changed its state to closed, open or half_open."""
+
+    def model_refused(self, binding: Binding, model: str, asked: str) -> None:
+        """A process whose turn is for `model` asked for something else; `asked` says what."""
 
     def egress(self, slot: str, host: str, port: int, allowed: bool, reason: str) -> None:
         """A process asked to connect to `host:port` through the egress proxy."""

@@ -51,6 +51,8 @@ class Endpoint:
         self._on_close = on_close
         self._binding: Binding | None = None
         self._turn: TurnContext | None = None
+        self._model: str | None = None
+        """The model of the turn, or of the last one."""
         self._priming = 0
         self._replay: list[dict[str, Any]] | None = None
         self._closed = False
@@ -88,6 +90,7 @@ class Endpoint:
         """The slot works for nobody: calls in flight are cut, further ones are refused."""
         self._binding = None
         self._turn = None
+        self._model = None
         self.serve_mcp(())
         for exchange in self._running:
             exchange.cancel()
@@ -102,6 +105,7 @@ class Endpoint:
                 f"not possible with an OAuth credential, whose requests stay unchanged ({names})", field=refused[0]
             )
         self._turn = turn
+        self._model = turn.model
         self._of_turn = []
         self._main_failed = False
         self._last_error = None
@@ -227,7 +231,7 @@ class Endpoint:
             return
         if self._binding is None:
             raise Refused(UNBOUND)
-        if route.kind is Kind.MESSAGES and self._turn is None and not self._means.settings.calls_between_turns:
+        if route.kind is Kind.MESSAGES and self._turn is None:
             raise Refused(NO_TURN)
 
     def _answer_priming(self, route: Route, body: bytes, reply: Reply) -> None:
@@ -293,8 +297,7 @@ class Endpoint:
         if route.kind is Kind.MODELS:
             return Order(binding, turn, route, head.method, "", Usage(), main=False, headers=head.headers, body=None)
         asked = bodies.read(body)
-        if binding.allowed_models is not None and asked.model not in binding.allowed_models:
-            raise refuse(403, "permission_error", f"The model {asked.model[:100]!r} is not allowed here.")
+        self._must_be_of_turn(binding, asked)
         rewritten = bodies.rewrite(asked, turn, binding.credential.kind, repeats_failed=self._main_failed)
         messages = route.kind is Kind.MESSAGES
         estimate = bodies.estimate(asked, self._means.settings.estimate_output_tokens) if messages else Usage()
@@ -310,6 +313,18 @@ class Endpoint:
             headers=head.headers,
             body=rewritten.body,
         )
+
+    def _must_be_of_turn(self, binding: Binding, asked: bodies.Body) -> None:
+        """A token may be counted between turns, too: by the model of the last one."""
+        if self._model is None:
+            raise Refused(NO_TURN)
+        if other := bodies.beyond(asked, self._model):
+            self._means.observer.model_refused(binding, self._model, other)
+            raise refuse(
+                403,
+                "permission_error",
+                f"model_not_allowed: this turn is for {self._model!r} alone, and its process asked for {other}.",
+            )
 
     def _note(self, exchange: Exchange, call: UpstreamCall) -> None:
         """A call is over; its books follow."""

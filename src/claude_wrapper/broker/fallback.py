@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from claude_wrapper.broker.calls import Credential, CredentialKind, Standby
+from claude_wrapper.tenancy.principal import may_use
 from claude_wrapper.vault.resolve import OPERATOR_CREDENTIAL
 
 _CREDENTIAL_STATUSES = frozenset({401, 402, 403, 429})
@@ -52,7 +53,8 @@ def following(
 ) -> Candidate | None:
     """Who is asked after these failures; None: nobody, the first failure stands.
 
-    `other_models` is False for requests whose answer depends on the model that was named (a token count).
+    `allowed_models`: what the caller's key may use (that it may use the first one was checked before, by the name that it
+    was asked for). `other_models` is False for requests whose answer depends on the model that was named (a token count).
     """
     first, last = trail[0][0], trail[-1]
     if last[1] is Fault.REQUEST or not replaceable(first.credential):
@@ -62,7 +64,7 @@ def following(
     models = [first.model, *(standby.models_after(first.model) if other_models else ())]
     credentials = [first.credential, *(one for one in standby.credentials if _stands_in(one, first.credential))]
     for model in models:
-        if model in failed_models or (allowed_models is not None and model not in allowed_models):
+        if model in failed_models or not (model == first.model or may_use(allowed_models, model)):
             continue
         for credential in credentials:
             if credential.id not in failed_credentials:

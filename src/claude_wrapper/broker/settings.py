@@ -68,5 +68,3 @@ class BrokerSettings:
 
     estimate_output_tokens: int = 8192
     """Output tokens that are reserved for a call at most; the CLI asks for 128,000 and rarely gets near."""
-    calls_between_turns: bool = False
-    """Whether a bound process may ask for messages while no turn runs. Off: nothing could be charged to a turn."""

@@ -1,7 +1,7 @@
 """Who asked for a session's turns, kept with the session: another replica may have to run them. Pure.
 
-No right is kept: what the asker was allowed was checked when they asked. Only what decides which credential pays, and
-what they may see of their own session, goes with it.
+No right is kept: what the asker was allowed was checked when they asked. Only what decides which credential pays, which
+models may stand in, and what they may see of their own session, goes with it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def noted(principal: Principal) -> dict[str, Any]:
         "workspace": principal.workspace,
         "staff": principal.is_staff,
         "operator": principal.is_operator,
+        "models": None if principal.allowed_models is None else sorted(principal.allowed_models),
     }
 
 
@@ -36,6 +37,7 @@ def asking(org: str, asker: Mapping[str, Any]) -> Principal:
         asker["user"],
         Role.VIEWER,
         frozenset(),
+        allowed_models=None if asker.get("models") is None else frozenset(asker["models"]),
         is_operator=bool(asker["operator"]),
         is_staff=bool(asker["staff"]),
     )

@@ -316,6 +316,7 @@ class Runner:
             model=made.model,
             credential=credential,
             spec=spec,
+            allowed_models=self.principal.allowed_models,
             history=client_view(past),
             past=past,
             system=made.system,

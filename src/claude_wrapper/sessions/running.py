@@ -77,6 +77,7 @@ def binding_of(session: str, owner: Owner, turn_input: TurnInput) -> Binding:
         user=owner.user,
         session=session,
         credential=turn_input.credential,
+        allowed_models=turn_input.allowed_models,
     )
 
 

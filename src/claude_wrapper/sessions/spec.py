@@ -109,6 +109,8 @@ class TurnInput:
     model: str
     credential: Credential
     spec: ConversationSpec
+    allowed_models: frozenset[str] | None = None
+    """Models that the caller's key may use, as in its `Principal`: no other one may stand in for `model`."""
     history: Sequence[Message] = ()
     """The messages before this one, as the caller knows them; injected into a process that does not hold them."""
     system: list[dict[str, Any]] | None = None

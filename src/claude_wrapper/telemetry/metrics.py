@@ -279,6 +279,9 @@ class Metrics:
             "Calls that turned to another model or credential before the first byte.",
             kind=FALLBACKS,
         )
+        self.upstream_models_refused = make.counter(
+            "upstream_models_refused_total", "Requests of processes for something else than the model of their turn."
+        )
         self.breakers = make.gauge(
             "upstream_breakers",
             "Circuit breakers (one per upstream and credential) that have seen failures, by state.",

@@ -83,15 +83,19 @@ class Principal:
 
     def may_use(self, model: str) -> bool:
         """Whether the model is allowed for this principal."""
-        allowed = self.allowed_models
-        if allowed is None or model in allowed:
-            return True
-        return any(name.endswith("*") and model.startswith(name[:-1]) for name in allowed)
+        return may_use(self.allowed_models, model)
 
     def acting_in(self, org: str, *, workspace: str | None = None) -> Principal:
         """The operator, acting in this organisation; raises PermissionDenied for anyone else."""
         require_operator(self)
         return replace(self, org=org, workspace=workspace)
+
+
+def may_use(allowed: frozenset[str] | None, model: str) -> bool:
+    """Whether a model is among those that are allowed, written as in `Principal.allowed_models`."""
+    if allowed is None or model in allowed:
+        return True
+    return any(name.endswith("*") and model.startswith(name[:-1]) for name in allowed)
 
 
 def operator(*, key_id: str | None = None, user_id: str | None = None) -> Principal:

@@ -67,7 +67,7 @@ BROKER_ATTACKS: tuple[Attack, ...] = (
     ),
     Attack(
         "broker: split requests",
-        "hidden = request(token=T['token'], body=MESSAGE.replace(b'claude-sonnet-5-5', T['smuggled'].encode()))\n"
+        "hidden = request()\n"
         "chunk = b'%x\\r\\n%b\\r\\n0\\r\\n\\r\\n' % (len(MESSAGE), MESSAGE)\n"
         "for data in (request(headers=['transfer-encoding: chunked'], body=chunk) + hidden,\n"
         "    request(headers=['content-length: 5']) + hidden, request(headers=['content-length: +%d' % len(MESSAGE)], length=False) + hidden,\n"
@@ -125,8 +125,20 @@ BROKER_ATTACKS: tuple[Attack, ...] = (
     ),
     Attack(
         "broker: ask for what was not bound",
-        "for body in (MESSAGE.replace(b'claude-sonnet-5-5', b'claude-forbidden'), b'[' * 100000, b'{\"model\":' * 2000, b'{\"model\": 1}', b'\\xff' * 100, b'{}'):\n"
+        "for body in (b'[' * 100000, b'{\"model\":' * 2000, b'{\"model\": 1}', b'\\xff' * 100, b'{}'):\n"
         "    if status(request(body=body)) == 200: breach('answered %r' % body[:30])",
+        _ALL,
+        needs_cli=True,
+    ),
+    Attack(
+        "broker: ask for another model than the turn's",
+        "own = MESSAGE[:-1]\n"
+        "if status(request()) != 200: sys.exit('its own model is refused: %r' % wire(request()))\n"
+        "for body in (MESSAGE.replace(b'sonnet', b'opus'), MESSAGE.replace(b'sonnet', b'haiku'), MESSAGE.replace(b'claude-sonnet-5-5', b'opus'),\n"
+        '    own + b\', "model": "claude-opus-5-5"}\', own + b\', "mod\\\\u0065l": "claude-opus-5-5"}\', own + b\', "fallbacks": [{"model": "claude-opus-5-5"}]}\',\n'
+        '    own + b\', "tools": [{"type": "advisor_20260301", "name": "advisor", "model": "claude-opus-5-5"}]}\', own + b\', "speed": "fast"}\'):\n'
+        "    for target in ('/v1/messages', '/v1/messages?beta=true', '/v1/messages/count_tokens'):\n"
+        "        if status(request(target, body=body)) != 403: breach('%s answered %r' % (target, body[40:160]))",
         _ALL,
         needs_cli=True,
     ),

@@ -155,10 +155,9 @@ async def _stage(column: Column, base: Path) -> AsyncIterator[_Stage]:
 async def _bind(stage: _Stage, process: SlotProcess, org: str) -> None:
     secret = stage.scenery.targets["credential"] + ("" if org == "org_attacker" else "-other")
     credential = Credential(f"cred_{org}", CredentialKind.API_KEY, secret, stage.upstream.url)
-    allowed = frozenset({MODEL, stage.scenery.targets["smuggled"]})
     await process.agent.initialize()
     process.agent.on_control = _allow
-    process.endpoint.bind(Binding(org, None, None, None, f"ses_{org}", credential, allowed_models=allowed))
+    process.endpoint.bind(Binding(org, None, None, None, f"ses_{org}", credential))
     process.endpoint.begin(TurnContext("turn", MODEL))
 
 

@@ -108,7 +108,6 @@ async def scenery(base: Path, sandbox: Sandbox, uid: int | None) -> AsyncIterato
         "credential": credential,
         "marker": marker,
         "survivor": f"survivor-{word}",
-        "smuggled": f"claude-smuggled-{word}",
         "forged": f"forged-{word}",
         "cli": sys.executable,
         "processes": LIMITS.processes,
