@@ -184,9 +184,12 @@ def _postgres_programs(root: Path, as_user: dict[str, Any]) -> Path:
     )
     if reachable is not None and reachable.returncode == 0:
         return install / "bin"
-    copy = root / "postgres"
+    copied, copy = root / "wheel", root / "wheel" / install.parent.name / install.name
     shutil.copytree(install, copy, symlinks=True)
-    for path in (copy, *copy.rglob("*")):
+    # The programs look for the wheel's libraries beside the package ($ORIGIN/../../../….libs).
+    libraries = install.parent.with_suffix(".libs")
+    shutil.copytree(libraries, copied / libraries.name, symlinks=True)
+    for path in (copied, *copied.rglob("*")):
         path.chmod(path.stat().st_mode | (0o055 if path.is_dir() or os.access(path, os.X_OK) else 0o044))
     return copy / "bin"
 
