@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 from anthropic import AsyncAnthropic
 
+import claude_wrapper
 from claude_wrapper.testing.upstream import ScriptedUpstream
 from running_server import KEY
 
@@ -68,6 +69,7 @@ async def replica(
         **settings,
     }
     variables = {"PATH": os.environ["PATH"], "HOME": str(directory), **(environment or {})}
+    variables["PYTHONPATH"] = str(Path(claude_wrapper.__file__).parents[1])  # the code that the tests import
     variables |= {f"CLAUDE_WRAPPER_{name.upper()}": str(value) for name, value in values.items()}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "claude_wrapper.cli", "serve",

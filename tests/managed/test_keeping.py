@@ -12,7 +12,7 @@ import pytest
 from claude_wrapper.agent.launch import transcript_path
 from claude_wrapper.sessions import clitranscripts
 from claude_wrapper.sessions.clitranscripts import has_transcript, put_transcript
-from claude_wrapper.sessions.keeping import differences, resumable
+from claude_wrapper.sessions.restoring import differences, resumable
 from claude_wrapper.sessions.snapshots import Position, Restored, Snapshot
 from claude_wrapper.sessions.snapshots.manifest import Skipped
 

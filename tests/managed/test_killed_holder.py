@@ -125,6 +125,61 @@ async def stored(url: str, session: str) -> None:
         await db.close()
 
 
+READ_ASKS = {
+    "type": "agent_toolset_20260401",
+    "default_config": {"permission_policy": {"type": "always_allow"}},
+    "configs": [{"name": "read", "permission_policy": {"type": "always_ask"}}],
+}
+WRITE_THEN_ASK = {
+    "one after the other": '[[tool Bash {"command":"echo of the plum > note"}]] [[then]] [[tool Read {"file_path":"note"}]] [[then]]',
+    "in one message": '[[tool Bash {"command":"echo of the plum > note"}]] [[tool Read {"file_path":"note"}]] [[then]]',
+}
+
+
+@pytest.mark.parametrize("prompt", WRITE_THEN_ASK.values(), ids=WRITE_THEN_ASK.keys())
+@pytest.mark.parametrize("saved", [True, False], ids=["saved while it waited", "killed before that"])
+async def test_a_holder_that_is_killed_while_its_turn_waits_for_an_approval_leaves_the_files(
+    place: Place, reachable_tmp_path: Path, prompt: str, *, saved: bool
+) -> None:
+    async with AsyncExitStack() as stack:
+        upstream = await stack.enter_async_context(ScriptedUpstream())
+
+        async def server(name: str) -> Replica:
+            started = replica(reachable_tmp_path / name, upstream, environment=place.environment, **place.settings)
+            return await stack.enter_async_context(started)
+
+        names = ["one", "other"] if place.apart else ["one"]
+        old, *others = await asyncio.gather(*map(server, names))
+        client = await stack.enter_async_context(old.sdk())
+        session = (await new_session(client, tools=[READ_ASKS])).id
+        await say(client, session, prompt)
+        seen = await turn_seen(old, session, "0")
+        asked = [one for one in seen if one.type == "agent.tool_use"][-1].body["id"]
+        assert seen[-1].body["stop_reason"]["event_ids"] == [asked]
+        if saved:
+            await stored(place.database_url, session)
+        old.signal(signal.SIGKILL)
+        await old.gone()
+        new = others[0] if others else await server("one")
+        async with new.sdk() as client:
+            allow: Any = {"type": "user.tool_confirmation", "tool_use_id": asked, "result": "allow"}
+            await client.beta.sessions.events.send(session, events=[allow])
+            await turn_seen(new, session, [one.cursor for one in seen if one.cursor][-1])
+            log = await history(client, session)
+    told = [one.error.message for one in log if one.type == "session.error"]
+    results = [block.text for one in log if one.type == "agent.tool_result" for block in one.content]
+    assert sum(one.type == "agent.tool_use" for one in log) == 2
+    if saved:
+        assert "of the plum" in results[-1]
+        assert "of the plum" in texts(log)[-1]
+        assert told == [], "nothing of the files was missing, so nothing is told"
+    else:
+        assert "of the plum" not in results[-1]
+        # The client is told of files of calls whose results are in the log, the model of calls that may have run.
+        lost = ("No files of this session were stored", "files that it wrote may be missing")
+        assert sum(any(one in text for one in lost) for text in (*told, *results)) == 1
+
+
 async def test_a_killed_holders_turn_and_files_go_on_elsewhere(place: Place, reachable_tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         upstream = await stack.enter_async_context(ScriptedUpstream())

@@ -184,6 +184,14 @@ class Conversation:
         if self._running is not None:
             self._running.allow_seconds(seconds)
 
+    def waits(self, *, quiet: bool) -> None:
+        """The running durable turn waits for a person or a client; `quiet`: nothing else of it runs."""
+        self._rooms.keeper.waits(self, quiet=quiet)
+
+    def goes_on(self) -> None:
+        """It has its answer."""
+        self._rooms.keeper.goes_on(self)
+
     def doubt(self) -> None:
         """The running turn's process no longer holds what happened: it is not used again."""
         if self._running is not None:

@@ -81,6 +81,8 @@ class _Turn:
     cleanup: contextlib.AsyncExitStack
     open_calls: set[str]
     """The model's ids of calls whose answers the process has not been given."""
+    at_work: set[str]
+    """Ids of calls that have no result yet; those of `open_calls` wait for the client, the others may be running."""
     behind: WriteBehind
     session: Session | None
     """The session as it was when the turn began; None once somebody else has written to it."""
@@ -198,6 +200,7 @@ class SessionJournal:
             await books.log.publish(session, stored)
             self._mcp.begin(shown_names(self.session.agent))
             translator = TurnTranslator(books.ids.new, self.decide, self._mcp)
+            said: dict[str, tuple[str, str]] = {}
             if turn_input.replay is not None:
                 names = names_in(turn_input.replay)
                 said = {
@@ -220,6 +223,7 @@ class SessionJournal:
                 replaying=replaying,
                 cleanup=cleanup,
                 open_calls=opened,
+                at_work={one.tool_use_id for one in known if one.tool_use_id in said and not _ran(one)},
                 behind=WriteBehind(
                     lambda outputs: _show(turn, outputs), lambda run: self._write(turn, run), name=f"journal {session}"
                 ),
@@ -269,6 +273,7 @@ class SessionJournal:
             turn.lost = True
             self._conversation.doubt()
             return
+        self._follow_calls(turn, output)
         if turn.replaying:
             # The message that is said again is in the log and in the transcript already.
             turn.replaying = not output.settled
@@ -304,6 +309,14 @@ class SessionJournal:
         """The process has been given the client's answer to this call."""
         if self._turn is not None:
             self._turn.open_calls.discard(tool_use_id)
+            self._conversation.goes_on()
+
+    def _follow_calls(self, turn: _Turn, output: Output) -> None:
+        """Say when the turn only waits for its client, and when tools that ran beside that have ended."""
+        turn.at_work |= {call.tool_use_id for call in output.calls}
+        turn.at_work -= {tool_use_id for tool_use_id, _ in output.results}
+        if turn.open_calls and (output.settled or output.results) and not turn.translator.speaking:
+            self._conversation.waits(quiet=turn.at_work <= turn.open_calls)
 
     def _gave_up(self, turn: _Turn, output: Output) -> bool:
         """A process that is being stopped takes the silence of the client for a refusal: the client never refused."""

@@ -34,6 +34,13 @@ class Keeper:
         """A process is about to be claimed, for the conversation has none: see to it that `conversation.resume` is what
         it is to be started with. Raises what the turn is to fail with."""
 
+    def waits(self, conversation: Keepable, *, quiet: bool) -> None:
+        """The running turn waits for a person or a client; `quiet`: nothing else of it runs meanwhile. Told again when
+        that changes."""
+
+    def goes_on(self, conversation: Keepable) -> None:
+        """The turn that waited goes on: from now on the files change again."""
+
     def ended(self, conversation: Keepable) -> None:
         """A turn has ended and was written down."""
 

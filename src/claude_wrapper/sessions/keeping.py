@@ -1,16 +1,18 @@
 """Snapshots of live conversations: when they are taken, when they are given up, and how a conversation comes back.
 
 After each turn the CLI's transcript and the workspace are saved in the background. A turn that begins gives the save on
-its way up: nothing of it becomes current, so what is current was read while no turn ran. A process that goes leaves its
-files to a last save. A conversation that this server does not hold comes back from its snapshot: with `--resume` where
-the CLI's transcript holds exactly what the database holds, else with the workspace and the history from the database.
+its way up: nothing of it becomes current, so what is current was read while no turn ran. A turn that waits for a person or
+a client may wait for hours: what it did until then is saved too, and given up when it goes on. Nobody resumes from the
+transcript of such a save, which stands in the middle of a turn. A process that goes leaves its files to a last save. How a
+conversation comes back: `restoring`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,26 +24,22 @@ from claude_wrapper.errors import (
     LeaseLost,
     NotFound,
     RequestTooLarge,
-    SnapshotCorrupted,
     StorageUnavailable,
     WrapperError,
 )
 from claude_wrapper.sessions import records
 from claude_wrapper.sessions.askers import acting
 from claude_wrapper.sessions.clitranscripts import has_transcript
-from claude_wrapper.sessions.journal import Books, SessionJournal
+from claude_wrapper.sessions.journal import Books
 from claude_wrapper.sessions.keeper import Keepable, Keeper
-from claude_wrapper.sessions.process import Resume, SlotProcess
-from claude_wrapper.sessions.snapshots import Guard, Position, Restored, Snapshot, SnapshotStore
+from claude_wrapper.sessions.process import SlotProcess
+from claude_wrapper.sessions.restoring import KEPT_SECONDS, Restorer, durable, still_held, tell
+from claude_wrapper.sessions.snapshots import Guard, Position, Snapshot, SnapshotStore
 from claude_wrapper.sessions.spec import TurnInput
-from claude_wrapper.wire.managed import error_event
 
 log = structlog.get_logger(__name__)
 
-_KEPT_SECONDS: Final = 20.0
-"""How long the files of a process that is ending are waited for."""
 _CANCEL_SECONDS: Final = 5.0
-_TRANSCRIPT_LOST: Final = "The process's transcript is gone: the conversation goes on from the session's own record."
 _FIRST_RETRY: Final = 2.0
 _LAST_RETRY: Final = 120.0
 
@@ -66,6 +64,18 @@ class KeepingSettings:
     """After so many saves of a conversation that were given up in a row, its next turn waits for the save."""
     patience_seconds: float = 5.0
     """How long that turn waits at most."""
+    waiting_seconds: float = 1.0
+    """How long a turn has waited for its client when it is saved: one that is answered at once costs nothing."""
+    working_seconds: float = 10.0
+    """The same while other tools of the turn run, which may write meanwhile."""
+
+
+class _Waits(enum.Enum):
+    """What a turn does that waits for a person or a client."""
+
+    QUIET = enum.auto()
+    WORKING = enum.auto()
+    """Other tools of it may be running."""
 
 
 @dataclass(slots=True)
@@ -80,6 +90,8 @@ class _Keeping:
     """How often something may have changed."""
     stored: int = 0
     """The count of changes that the last snapshot has seen."""
+    waits: _Waits | None = None
+    """Its turn waits for a person or a client."""
     committing: bool = False
     """Everything was read: the save goes through, whatever begins now."""
     given_up: int = 0
@@ -117,9 +129,9 @@ class SnapshotKeeper(Keeper):
         """`cli_version` is asked in a thread."""
         self._books = books
         self._store = store
-        self._kept_dir = kept_dir
         self._cli_version = cli_version
         self._watch = watch or KeepingWatch()
+        self._restorer = Restorer(books, store, kept_dir, cli_version=cli_version, seen=self._watch.restored)
         self._settings = settings or KeepingSettings()
         self._room = asyncio.Semaphore(self._settings.parallel)
         self._sessions: dict[str, _Keeping] = {}
@@ -148,11 +160,31 @@ class SnapshotKeeper(Keeper):
             return
         if conversation.resume is not None:
             if turn_input.replay is None:  # else the history is given to it in any case
-                conversation.resume = await self._checked(conversation, conversation.resume)
+                keeping = self._sessions.get(conversation.session)
+                line = keeping.line if keeping is not None and durable(conversation) else None
+                conversation.resume = await self._restorer.checked(conversation, conversation.resume, line)
         elif durable(conversation):
-            conversation.resume = await self._restore(conversation, turn_input)
+            conversation.resume = await self._restorer.restore(conversation, turn_input)
+
+    def waits(self, conversation: Keepable, *, quiet: bool) -> None:
+        process = conversation.process
+        if process is None or process.profile.tools == () or conversation.ended or not durable(conversation):
+            return
+        keeping = self._of(conversation)
+        self._give_up(keeping)
+        keeping.waits = _Waits.QUIET if quiet else _Waits.WORKING
+        if keeping.committing:
+            keeping.changes += 1  # what goes through has not seen what is new
+        self._start(keeping, self._settings.waiting_seconds if quiet else self._settings.working_seconds)
+
+    def goes_on(self, conversation: Keepable) -> None:
+        keeping = self._sessions.get(conversation.session)
+        if keeping is not None and keeping.waits is not None:
+            keeping.waits = None
+            self._give_up(keeping)
 
     def ended(self, conversation: Keepable) -> None:
+        self.goes_on(conversation)
         process = conversation.process
         if process is None and conversation.resume is None:
             # It had no process, or one without files: nothing is owed.
@@ -169,6 +201,7 @@ class SnapshotKeeper(Keeper):
     def left(self, conversation: Keepable, process: SlotProcess) -> None:
         keeping = self._sessions.get(conversation.session)
         if keeping is not None:
+            keeping.waits = None
             self._give_up(keeping)  # its files are about to be moved
         if process.profile.tools == () or conversation.ended or not durable(conversation):
             return
@@ -251,10 +284,10 @@ class SnapshotKeeper(Keeper):
         keeping.changes += 1
         self._start(keeping)
 
-    def _start(self, keeping: _Keeping) -> None:
+    def _start(self, keeping: _Keeping, pause: float = 0.0) -> None:
         if keeping.task is None or keeping.task.done():
             name = f"snapshot {keeping.conversation.session}"
-            keeping.task = asyncio.get_running_loop().create_task(self._keep(keeping), name=name)
+            keeping.task = asyncio.get_running_loop().create_task(self._keep(keeping, pause), name=name)
 
     def _give_up(self, keeping: _Keeping) -> None:
         """Nothing that is being read becomes current; what was read to the end does. Threads may read for a moment yet."""
@@ -268,8 +301,11 @@ class SnapshotKeeper(Keeper):
             self._watch.saved("given_up", 0.0, 0)
         task.cancel()
 
-    async def _keep(self, keeping: _Keeping) -> None:
-        """Save until that worked, more and more slowly."""
+    async def _keep(self, keeping: _Keeping, pause: float) -> None:
+        """Save until that worked, more and more slowly. `pause`: when a turn has waited for so long."""
+        if pause:
+            await self._books.clock.sleep(pause)
+            keeping.changes += 1
         while keeping.dirty:
             keeping.again.clear()
             try:
@@ -351,7 +387,12 @@ class SnapshotKeeper(Keeper):
         async def read(tx: AsyncConnection) -> tuple[int, bool]:
             return await records.last_message(tx, principal, conversation.session)
 
+        waits = keeping.waits
         messages, answered = await self._books.db.query(read)
+        if waits is _Waits.WORKING:  # the results of the last model message are not all in the files
+            return Position(messages - (1 if answered else 2), exact=False)
+        if waits is _Waits.QUIET:
+            return Position(messages, exact=False)
         exact = answered and bool(keeping.uuid) and keeping.line is not None
         if exact:
             exact = await asyncio.to_thread(has_transcript, home, keeping.uuid, last=keeping.line)
@@ -363,157 +404,16 @@ class SnapshotKeeper(Keeper):
 
         async def guard(tx: AsyncConnection) -> None:
             keeping.committing = True
-            await _still_held(tx, conversation)
+            await still_held(tx, conversation)
             if not await asyncio.to_thread(home.exists):  # a process that went away under the save took its files along
                 raise StorageUnavailable(f"the files of session {conversation.session} moved while they were saved")
 
         return guard
 
-    # Coming back --------------------------------------------------------------------------------------------------------
-
-    async def _checked(self, conversation: Keepable, resume: Resume) -> Resume:
-        """The files that this server has kept: is the transcript there, as far as it must be?"""
-        if not resume.uuid:
-            return resume
-        try:
-            async with asyncio.timeout(_KEPT_SECONDS):
-                await resume.ready.wait()
-        except TimeoutError:
-            return resume  # the start waits too, and says what is wrong
-        keeping = self._sessions.get(conversation.session)
-        line = keeping.line if keeping is not None and durable(conversation) else None
-        home = resume.kept / "home"
-        if await asyncio.to_thread(has_transcript, home, resume.uuid, last=line):
-            return resume
-        if not await asyncio.to_thread(has_transcript, home, resume.uuid):
-            log.warning("transcript.lost", session=conversation.session, uuid=resume.uuid)
-            await self._tell(conversation, _TRANSCRIPT_LOST)
-        else:
-            # The process died before it had written its last lines: the session's own record has them.
-            log.info("transcript.short", session=conversation.session, uuid=resume.uuid)
-        return replace(resume, uuid="")
-
-    async def _restore(self, conversation: Keepable, turn_input: TurnInput) -> Resume | None:
-        """The workspace from the snapshot; the transcript too where it can be resumed. Raises StorageUnavailable."""
-        clock, session = self._books.clock, conversation.session
-        into = self._kept_dir / self._books.ids.new("kept")
-        began = clock.monotonic()
-        try:
-            restored = await self._store.restore(
-                conversation.owner.org, session, into, guard=lambda tx: _still_held(tx, conversation)
-            )
-        except SnapshotCorrupted as error:
-            self._watch.restored("error", clock.monotonic() - began, 0)
-            log.error("snapshot.lost", session=session, reason=error.message)  # noqa: TRY400 - it says all there is
-            await self._tell(
-                conversation,
-                f"The files of this session cannot be read back: {error.message}. It goes on with an empty workspace.",
-            )
-            return None
-        except WrapperError:
-            self._watch.restored("error", clock.monotonic() - began, 0)
-            raise
-        seconds = clock.monotonic() - began
-        past = len(turn_input.history if turn_input.past is None else turn_input.past)
-        if restored is None:
-            self._watch.restored("none", seconds, 0)
-            if past and await self._ran_tools(conversation):
-                await self._tell(
-                    conversation,
-                    "No files of this session were stored before its server stopped: it goes on with an empty workspace.",
-                )
-            return None
-        self._watch.restored("previous" if restored.fell_back else "ok", seconds, restored.snapshot.bytes_logical)
-        return await self._come_back(conversation, restored, past)
-
-    async def _come_back(self, conversation: Keepable, restored: Restored, past: int) -> Resume:
-        snapshot = restored.snapshot
-        for told in differences(restored, past):
-            await self._tell(conversation, told)
-        version = await asyncio.to_thread(self._cli_version)
-        uuid = restored.cli_uuid if resumable(snapshot, past, version) else ""
-        if uuid and not await asyncio.to_thread(has_transcript, restored.home, uuid):
-            log.warning("transcript.lost", session=conversation.session, uuid=uuid)
-            await self._tell(conversation, _TRANSCRIPT_LOST)
-            uuid = ""
-        log.info(
-            "snapshot.restored",
-            session=conversation.session,
-            snapshot=snapshot.id,
-            resumed=bool(uuid),
-            cli_version=snapshot.cli_version,
-            bytes=snapshot.bytes_logical,
-        )
-        resume = Resume(uuid, restored.home.parent)
-        resume.ready.set()
-        return resume
-
-    async def _ran_tools(self, conversation: Keepable) -> bool:
-        """Whether the agent has ever run a tool of its own, so that it may have had files."""
-        principal = acting(conversation.owner)
-
-        async def read(tx: AsyncConnection) -> bool:
-            calls = await records.calls_of(tx, principal, conversation.session)
-            return any(call.kind != "custom" for call in calls)
-
-        return await self._books.db.query(read)
-
-    # Telling the client ---------------------------------------------------------------------------------------------------
-
     async def _tell_once(self, keeping: _Keeping, message: str, retry: str = "exhausted") -> None:
         if not keeping.told:
-            await self._tell(keeping.conversation, message, retry)
+            await tell(self._books, keeping.conversation, message, retry)
             keeping.told = True
-
-    async def _tell(self, conversation: Keepable, message: str, retry: str = "exhausted") -> None:
-        """A `session.error` in the log; the turn goes on."""
-        if not durable(conversation):
-            return
-        principal, books = acting(conversation.owner), self._books
-        event: dict[str, Any] = {"type": "session.error", "error": dict(error_event("unknown_error", message, retry))}
-        try:
-            async with books.db.transaction() as tx:
-                await _still_held(tx, conversation)
-                stored = await books.log.write(tx, principal, conversation.session, [event])
-            await books.log.publish(conversation.session, stored)
-        except (NotFound, LeaseLost, StorageUnavailable) as error:
-            log.warning("session.not_told", session=conversation.session, message=message, reason=error.message)
-
-
-def durable(conversation: Keepable) -> bool:
-    """Whether it has a session in the database."""
-    return isinstance(conversation.journal, SessionJournal)
-
-
-def resumable(snapshot: Snapshot, past: int, cli_version: str) -> bool:
-    """Whether the CLI may go on from the snapshot's transcript: it was exact, nothing was said since, and the CLI that
-    wrote it is the one that will read it (what another version makes of it is nobody's promise)."""
-    same_place = snapshot.position.exact and snapshot.position.messages == past
-    return same_place and bool(snapshot.cli_uuid) and snapshot.cli_version == cli_version
-
-
-def differences(restored: Restored, past: int) -> list[str]:
-    """What the client must know about the files that came back."""
-    told: list[str] = []
-    if restored.fell_back:
-        told.append(f"The last snapshot of the files is damaged; the one before it is used: {restored.damage}")
-    if restored.snapshot.position.messages < past:
-        told.append(
-            f"The files are those of message {restored.snapshot.position.messages} of {past}: later changes were not "
-            "stored before the server stopped."
-        )
-    if restored.snapshot.torn:
-        names = ", ".join(one.path.decode(errors="replace") for one in restored.snapshot.torn[:20])
-        told.append(f"These files were being written when the snapshot was taken and may be incomplete: {names}")
-    return told
-
-
-async def _still_held(tx: AsyncConnection, conversation: Keepable) -> None:
-    """Raises NotFound for a deleted session, LeaseLost for one that another replica holds."""
-    journal = conversation.journal
-    if not isinstance(journal, SessionJournal):
-        raise NotFound(f"there is no session {conversation.session}")
-    await records.guard(tx, acting(conversation.owner), conversation.session, journal.fence)
 
 
 async def _files(conversation: Keepable) -> tuple[Path, Path]:
@@ -524,7 +424,7 @@ async def _files(conversation: Keepable) -> tuple[Path, Path]:
     if resume is None:
         raise NotFound(f"session {conversation.session} has no files here")
     try:
-        async with asyncio.timeout(_KEPT_SECONDS):
+        async with asyncio.timeout(KEPT_SECONDS):
             await resume.ready.wait()
     except TimeoutError:
         raise StorageUnavailable("the session's process has not ended yet: its files are not there") from None
