@@ -49,6 +49,13 @@ def test_the_stream_event_is_handed_on_byte_for_byte() -> None:
     assert frame.session_id == "s"
 
 
+def test_an_ordinary_line_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamjson, "_decode_leniently", None)
+    assert decode_frame(b'{"type":"stream_event","event":{"type":"ping"},"parent_tool_use_id":null}').event is not None
+    assert decode_frame(b'{"type":"stream_event","event":null}').event is None
+    assert decode_frame(b'{"type":"result"}').event is None
+
+
 @pytest.mark.parametrize(
     "line",
     [
