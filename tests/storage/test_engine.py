@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -81,6 +82,96 @@ async def test_a_cancellation_at_any_moment_of_a_transaction_leaves_the_database
             await asyncio.wait([writing])
         await write(1000)
     assert await scalar(db, "SELECT count(*) FROM numbers WHERE a = 1000") == 1
+
+
+# Plain functions --------------------------------------------------------------------------------------------------------
+
+
+def add_row(a: int) -> Callable[[sa.Connection], None]:
+    def work(tx: sa.Connection) -> None:
+        tx.execute(numbers.insert().values(a=a, n=0))
+
+    return work
+
+
+async def test_a_plain_function_is_committed_when_it_returns_and_rolled_back_when_it_raises(db: Database) -> None:
+    def fail(tx: sa.Connection) -> None:
+        add_row(2)(tx)
+        raise KeyError(2)
+
+    await db.write(add_row(1))
+    with pytest.raises(KeyError):
+        await db.write(fail)
+    with pytest.raises(sa.exc.IntegrityError):
+        await db.write(add_row(1))
+    await db.write(add_row(3))
+    assert await scalar(db, "SELECT sum(a) FROM numbers") == 4
+
+
+async def test_functions_and_blocks_take_turns(db: Database) -> None:
+    await db.write(add_row(0))
+
+    def more(tx: sa.Connection) -> None:
+        tx.execute(numbers.update().values(n=numbers.c.n + 1))
+
+    async def block() -> None:
+        async with db.transaction() as tx:
+            await tx.run_sync(more)
+
+    async with asyncio.timeout(30):
+        await asyncio.gather(*(one for _ in range(20) for one in (db.write(more), block())))
+    assert await scalar(db, "SELECT n FROM numbers") == 40
+
+
+async def test_a_cancellation_at_any_moment_of_a_function_leaves_the_database_usable(db: Database) -> None:
+    async with asyncio.timeout(60):
+        for steps in range(12):
+            writing = asyncio.ensure_future(db.write(add_row(steps)))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            writing.cancel()
+            await asyncio.wait([writing])
+        await db.write(add_row(1000))
+    assert await scalar(db, "SELECT count(*) FROM numbers WHERE a = 1000") == 1
+
+
+async def test_a_function_whose_caller_was_cancelled_meanwhile_is_rolled_back(sqlite_url: str) -> None:
+    db = Database(sqlite_url)
+    await db.write(numbers.create)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(tx: sa.Connection) -> None:
+        add_row(1)(tx)
+        begun.set()
+        assert go_on.wait(20)
+
+    writing = asyncio.ensure_future(db.write(slow))
+    assert await asyncio.to_thread(begun.wait, 20)
+    writing.cancel()
+    await asyncio.sleep(0)
+    assert not writing.done()  # it ends when its transaction has
+    go_on.set()
+    await asyncio.wait([writing], timeout=20)
+    assert writing.cancelled()
+    await db.write(add_row(2))
+    assert await scalar(db, "SELECT sum(a) FROM numbers") == 2
+    await db.close()
+
+
+async def test_a_function_waits_for_another_process_no_longer_than_allowed(sqlite_url: str) -> None:
+    one = Database(sqlite_url)
+    two = Database(sqlite_url, settings=DatabaseSettings(busy_timeout=0.05))
+    await one.write(numbers.create)
+    async with one.transaction() as tx:
+        await insert(tx, 1)
+        with pytest.raises(StorageUnavailable):
+            await two.write(add_row(2))
+    await two.write_patiently(add_row(2))
+    await one.close()
+    await two.close()
+    await two.close()
+    with pytest.raises(StorageUnavailable):
+        await two.write(add_row(3))
 
 
 async def test_a_read_cannot_write(db: Database) -> None:

@@ -273,7 +273,8 @@ def test_the_sums_are_always_those_of_the_rows(batches: list[list[Call]], sqlite
             await tx.execute(sa.delete(usage_hours))
             for batch in batches:
                 if batch:
-                    await insert(tx, [row_of(call, Priced(call.usage.input_tokens * 2, "v")) for call in batch])
+                    rows = [row_of(call, Priced(call.usage.input_tokens * 2, "v")) for call in batch]
+                    await tx.run_sync(insert, rows)
         kept = await sums(database)
         hour = milliseconds(NOON) // HOUR_MS
         async with database.transaction() as tx:

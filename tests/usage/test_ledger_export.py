@@ -32,8 +32,7 @@ def clock() -> ManualClock:
 
 
 async def add(db: Database, *calls: Call) -> None:
-    async with db.transaction() as tx:
-        await insert(tx, [row_of(call, Priced(7, "v")) for call in calls])
+    await db.write(lambda tx: insert(tx, [row_of(call, Priced(7, "v")) for call in calls]))
 
 
 class Bucket:

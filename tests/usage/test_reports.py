@@ -54,8 +54,7 @@ async def db(database: Database) -> Database:
         )
         for org, workspace, user, model, time, session in product((1, 2), (None, 1, 2), (1, 2), "ab", TIMES, (1, 2))
     ]
-    async with database.transaction() as tx:
-        await insert(tx, [row_of(call, Priced(7, "v")) for call in calls])
+    await database.write(lambda tx: insert(tx, [row_of(call, Priced(7, "v")) for call in calls]))
     return database
 
 

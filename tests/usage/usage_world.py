@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
 
 from claude_wrapper.errors import StorageUnavailable
 from claude_wrapper.storage import Database
 from claude_wrapper.wire.usage import Usage
+
+T = TypeVar("T")
 
 NOON = datetime(2026, 11, 20, 12, 30, tzinfo=UTC)
 
@@ -64,3 +68,12 @@ class Switched:
             yield tx
         if self.forgetful:
             raise StorageUnavailable("the link broke during COMMIT", details={"outcome": "unknown"})
+
+    async def write(self, work: Callable[[sa.Connection], T]) -> T:
+        self.transactions += 1
+        if self.away:
+            raise StorageUnavailable("the database is away")
+        result = await self._inner.write(work)
+        if self.forgetful:
+            raise StorageUnavailable("the link broke during COMMIT", details={"outcome": "unknown"})
+        return result

@@ -21,6 +21,7 @@ from claude_wrapper.errors import StorageUnavailable
 from claude_wrapper.storage import dialects
 from claude_wrapper.storage.failures import NOT_APPLIED, UNKNOWN, mapped_failures
 from claude_wrapper.storage.sqlitetrips import save_trips
+from claude_wrapper.storage.sqlitewriter import SqliteWriter
 
 T = TypeVar("T")
 
@@ -78,6 +79,7 @@ class Database:
         self._idle.set()
         if self.dialect == dialects.SQLITE:
             self._write_lock: asyncio.Lock | None = asyncio.Lock()
+            self._one_trip = SqliteWriter(self.url, busy_timeout=self.settings.busy_timeout)
             self._writer = _sqlite_engine(self.url, self.settings, read_only=False)
             self._reader = _sqlite_engine(self.url, self.settings, read_only=True)
         else:
@@ -110,6 +112,18 @@ class Database:
         if announcements and self.listener is not None:
             await self.listener(announcements)
 
+    async def write(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run a plain function in a write transaction: what `transaction` is, cheaper where it happens in every turn.
+
+        On SQLite `work` runs in another thread: it touches nothing but its connection and its arguments, and announces
+        nothing. Raises what `transaction` raises.
+        """
+        if self._write_lock is None:
+            async with self.transaction() as tx:
+                return await tx.run_sync(work)
+        async with self._entered(), self._write_lock:
+            return await self._one_trip.run(work)
+
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A read-only transaction, beside any writer. Raises StorageUnavailable."""
@@ -129,10 +143,21 @@ class Database:
 
         A commit whose outcome is unknown is tried again only if `idempotent`. `work` may be called several times.
         """
+
+        async def once() -> T:
+            async with self.transaction() as tx:
+                return await work(tx)
+
+        return await self._insist(once, idempotent=idempotent)
+
+    async def write_patiently(self, work: Callable[[sa.Connection], T]) -> T:
+        """`write`, again a few times while the database is away; `work` may be called several times."""
+        return await self._insist(lambda: self.write(work))
+
+    async def _insist(self, once: Callable[[], Awaitable[T]], *, idempotent: bool = False) -> T:
         for delay in (*_RETRY_DELAYS, None):
             try:
-                async with self.transaction() as tx:
-                    return await work(tx)
+                return await once()
             except StorageUnavailable as error:
                 safe = idempotent or error.details.get("outcome") == NOT_APPLIED
                 if delay is None or not safe or self._closed:
@@ -163,6 +188,8 @@ class Database:
         with suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await self._idle.wait()
+        if self._write_lock is not None:
+            await self._one_trip.close()
         await self._writer.dispose()
         if self._reader is not self._writer:
             await self._reader.dispose()

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 
-from sqlalchemy.ext.asyncio import AsyncConnection
+import sqlalchemy as sa
 from sqlalchemy.sql.dml import ReturningInsert
 
 from claude_wrapper.clock import Clock
@@ -213,8 +213,7 @@ class Ledger:
     async def _bounded(self, rows: Sequence[Row]) -> int:
         try:
             async with asyncio.timeout(self._settings.write_seconds):
-                async with self._database.transaction() as tx:
-                    return await insert(tx, rows)
+                return await self._database.write(lambda connection: insert(connection, rows))
         except TimeoutError as error:
             raise StorageUnavailable("the database did not commit usage in time") from error
 
@@ -230,16 +229,14 @@ def _answer(batch: Sequence[_Waiting], error: StorageUnavailable | None) -> None
             waiting.done.exception()  # read: a caller that has gone does not make the loop complain
 
 
-async def insert(tx: AsyncConnection, rows: Sequence[Row]) -> int:
+def insert(tx: sa.Connection, rows: Sequence[Row]) -> int:
     """Add rows to the ledger and its sums; how many were new. The same row twice, here or before, is one row."""
     ordered = sorted(
         rows, key=lambda row: row["id"]
     )  # two writers of the same rows must not wait for each other crosswise
-    inserted = set(
-        (await tx.execute(_insertion(tx.dialect.name), [{**LATER_COLUMNS, **row} for row in ordered])).scalars()
-    )
+    inserted = set(tx.execute(_insertion(tx.dialect.name), [{**LATER_COLUMNS, **row} for row in ordered]).scalars())
     fresh = {row["id"]: row for row in reversed(ordered) if row["id"] in inserted}  # of equal ids the first was kept
-    await rollups.add(tx, fresh.values())
+    rollups.add(tx, fresh.values())
     return len(fresh)
 
 

@@ -42,12 +42,12 @@ def summed(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return [sums[key] for key in sorted(sums)]
 
 
-async def add(tx: AsyncConnection, rows: Iterable[Row]) -> None:
+def add(tx: sa.Connection, rows: Iterable[Row]) -> None:
     """Add new rows of the ledger to the sums."""
     lines = summed(rows)
     if not lines:
         return
-    await tx.execute(_addition(tx.dialect.name), lines)
+    tx.execute(_addition(tx.dialect.name), lines)
 
 
 @cache
