@@ -106,6 +106,7 @@ async def _remote(url: str, directory: Path) -> AsyncIterator[tuple[Remote, Remo
     cache = SealedCache(
         Cache("tool", MemoryStore(clock, Bounds()), clock),
         OrgKeys(db, LocalMasterKey((KeyMaterial(bytes(32)),)), clock),
+        clock,
     )
     client = McpClient(permitted=(ipaddress.ip_network("127.0.0.0/8"),))
     await client.start()

@@ -52,6 +52,25 @@ async def test_an_expired_key_is_refused_and_told_why(admin: Admin) -> None:
     assert past.error == "expires_at: must be in the future"
 
 
+async def test_an_administrator_names_partners_by_id_without_learning_whether_they_exist(admin: Admin) -> None:
+    answers = []
+    for one in (admin.theirs, "org_0123456789abcdefghjkmnpqrs"):
+        made = await admin.post("/policies", {"cache_share_with": [one]})
+        assert (made.status, made.body["cache_share_with"]) == (200, [one])
+        answers.append({**made.body, "cache_share_with": None})
+    assert answers[0] == answers[1]
+    # What we name changes nothing that they see, and their policies stay closed to us.
+    assert (await admin.get("/policies", key=admin.their_owner)).body["cache_share_with"] == []
+    refused = await admin.post("/policies", {"cache_share_with": [admin.ours]})
+    assert (refused.status, refused.error) == (400, "cache_share_with: an organisation does not name itself")
+    too_many = await admin.post("/policies", {"cache_share_with": [f"org_{number}" for number in range(9)]})
+    assert (too_many.status, too_many.body["error"]["param"]) == (400, "cache_share_with")
+    for role in ("developer", "viewer", "billing"):
+        denied = await admin.post("/policies", {"cache_share_with": [admin.theirs]}, key=await admin.key(role))
+        assert denied.status == 403
+    assert (await admin.post("/policies", {"cache_share_with": None})).body["cache_share_with"] == []
+
+
 async def test_a_create_that_is_sent_twice_happens_once_and_its_secret_is_kept_sealed(admin: Admin) -> None:
     again = {"idempotency-key": "create-prod-1"}
     answers = await asyncio.gather(*(admin.post("/api_keys", {"name": "prod"}, headers=again) for _ in range(4)))

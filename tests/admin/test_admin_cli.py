@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import os
 import re
 import subprocess
@@ -157,6 +158,26 @@ def test_two_organisations_of_one_name_must_be_told_apart_by_id(run: Any) -> Non
     done = run("key", "create", "Acme")
     assert done.exit_code == 2
     assert all(one in done.stderr for one in ids)
+
+
+def test_partners_of_the_cache_are_named_by_name_or_id_and_taken_back(run: Any) -> None:
+    ours, theirs, third = (run("org", "create", name).stdout.strip() for name in ("Acme", "Globex", "Initech"))
+
+    def named(*argv: str) -> Any:
+        done = run("policy", *argv)
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout)["cache_share_with"]
+
+    assert named("show", "Acme") == []
+    assert named("set", "Acme", "--cache-share-with", "Globex", "--cache-share-with", third) == [theirs, third]
+    assert named("set", "Acme", "--cache-seconds", "60") == [theirs, third]
+    assert named("show", "Globex") == []
+    assert named("set", "Acme", "--cache-share-with", "none") == []
+    for argv, says in [(("Nobody",), "Nobody"), ((ours,), "itself"), (("none", "Nobody"), "Nobody")]:
+        options = [part for name in argv for part in ("--cache-share-with", name)]
+        refused = run("policy", "set", "Acme", *options)
+        assert refused.exit_code == 2
+        assert says in refused.stderr
 
 
 def test_the_master_key_changes_in_two_steps_and_the_old_one_can_then_go(run: Any, data: Path) -> None:

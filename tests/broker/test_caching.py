@@ -22,7 +22,7 @@ from claude_wrapper.broker.policy import Kind, Route
 from claude_wrapper.storage.cache import Bounds, Cache, MemoryStore
 from claude_wrapper.testing.clock import ManualClock
 from claude_wrapper.vault.envelope import DataKeys
-from claude_wrapper.vault.sealedcache import SealedCache
+from claude_wrapper.vault.sealedcache import Partners, SealedCache
 
 ROUTE = Route(Kind.MESSAGES, "/v1/messages", "beta=true")
 ASKED, DETERMINISTIC = CacheTerms(Ways.ASKED, 60), CacheTerms(Ways.DETERMINISTIC, 60)
@@ -34,10 +34,21 @@ class Keys:
     async def of(self, org: str, *, opening: bytes | None = None) -> DataKeys:
         return DataKeys(org, {1: hashlib.sha256(org.encode()).digest()})
 
+    present = of
 
-def caching(store: MemoryStore, clock: Any) -> Caching:
+
+class Everybody:
+    """`org_1`, `org_2` and `org_3` share with each other."""
+
+    async def mutual(self, org: str) -> tuple[str, ...]:
+        return tuple(f"org_{number}" for number in (1, 2, 3) if org != f"org_{number}")
+
+    named = mutual
+
+
+def caching(store: MemoryStore, clock: Any, partners: Partners | None = None) -> Caching:
     def named(name: str) -> SealedCache:
-        return SealedCache(Cache(name, store, clock), Keys())  # type: ignore[arg-type]
+        return SealedCache(Cache(name, store, clock), Keys(), clock, partners)  # type: ignore[arg-type]
 
     return Caching(named("upstream"), named("token_count"), named("models"), 60, 60)
 

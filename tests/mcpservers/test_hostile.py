@@ -54,8 +54,31 @@ class NoVaults:
         return None
 
 
+class OneVault:
+    """Every organisation's vault has this token, under one id."""
+
+    identity = "vcrd_1"
+
+    async def credential_for(self, principal: Any, vault_ids: Any, url: str) -> OneVault:
+        return self
+
+    async def headers(self, *, refused: bool) -> dict[str, str]:
+        return {"authorization": "Bearer of the vault"}
+
+
+class Both:
+    """Two organisations that share with each other."""
+
+    async def mutual(self, org: str) -> tuple[str, ...]:
+        return ("org_two",) if org == "org_one" else ("org_one",)
+
+    named = mutual
+
+
 @asynccontextmanager
-async def remotes(cache: SealedCache | None = None, **bounds: Any) -> AsyncIterator[RemoteServers]:
+async def remotes(
+    cache: SealedCache | None = None, *, vaults: Any = None, **bounds: Any
+) -> AsyncIterator[RemoteServers]:
     client = McpClient(permitted=LOOPBACK)
     await client.start()
 
@@ -64,7 +87,7 @@ async def remotes(cache: SealedCache | None = None, **bounds: Any) -> AsyncItera
 
     try:
         async with asyncio.timeout(30):
-            yield RemoteServers(opened, NoVaults(), cache=cache)
+            yield RemoteServers(opened, vaults or NoVaults(), cache=cache)
     finally:
         await client.close()
 
@@ -227,7 +250,7 @@ async def sealed(sqlite_url: str) -> AsyncIterator[tuple[SealedCache, ManualCloc
             await tx.execute(sa.insert(organizations).values(id=org, name=org, created_at=SystemClock().now()))
     keys = OrgKeys(database, LocalMasterKey((KeyMaterial(bytes(32)),)), SystemClock())
     store = MemoryStore(clock, Bounds())
-    yield SealedCache(Cache("tool", store, clock), keys), clock, store
+    yield SealedCache(Cache("tool", store, clock), keys, clock), clock, store
     await database.close()
 
 
@@ -270,3 +293,34 @@ async def test_results_are_kept_for_the_tools_that_are_named_for_one_organisatio
         for _ in range(2):
             assert (await remote.exchange(call(text="bad")) or {})["result"]["isError"]
         assert far.calls["tools/call"] == 9, "errors are not kept"
+
+
+@pytest.mark.parametrize(
+    ("changes", "vaults", "shared"),
+    [
+        ({}, NoVaults(), True),
+        ({"vault_ids": ("vlt_1",)}, NoVaults(), True),  # the vault has nothing for this server: nothing was shown
+        ({"vault_ids": ("vlt_1",)}, OneVault(), False),
+        ({"headers": {"Authorization": "Bearer same"}}, NoVaults(), False),
+    ],
+)
+async def test_partners_are_given_the_results_that_no_credential_saw_and_no_others(
+    far: Far,
+    sealed: tuple[SealedCache, ManualClock, MemoryStore],
+    changes: dict[str, Any],
+    vaults: Any,
+    shared: bool,
+) -> None:
+    kept, clock, _ = sealed
+    cache = SealedCache(kept._cache, kept._keys, clock, Both())
+    spec = replace(at(far, rules=ToolRules(kept_seconds={"echo": 60.0})), **changes)
+    hits = []
+    async with remotes(cache, vaults=vaults) as servers:
+        for org in ("org_two", "org_one"):
+            remote = await servers.connect(Owner(org, "k"), spec)
+            await remote.exchange(HELLO)
+            reused: list[bool] = []
+            await remote.exchange(call(text="a"), reused=lambda seen=reused: seen.append(True))  # type: ignore[misc]
+            hits.append(bool(reused))
+    assert hits == [False, shared]
+    assert far.calls["echo"] == (1 if shared else 2)

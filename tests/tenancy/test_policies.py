@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from claude_wrapper.errors import InvalidRequest, PermissionDenied
+from claude_wrapper.storage.pagination import PageRequest
 from claude_wrapper.storage.tables.tenancy import organizations
 from claude_wrapper.tenancy import orgs
+from claude_wrapper.tenancy.audit import list_audit_entries
 from claude_wrapper.tenancy.orgs import OrganizationChange
 from claude_wrapper.tenancy.policies import DEFAULT, CacheAnswers, Policies, parse
 from claude_wrapper.tenancy.policybook import PolicyBook, get_policies, set_policies
@@ -38,6 +40,12 @@ _MODEL = st.from_regex(r"claude-[a-z0-9-]{1,12}", fullmatch=True)
         ({"cache_seconds": 0}, "cache_seconds"),
         ({"cache_seconds": True}, "cache_seconds"),
         ({"cli_version": "../bin/sh"}, "cli_version"),
+        ({"cache_share_with": "org_1"}, "cache_share_with"),
+        ({"cache_share_with": {"org_1": True}}, "cache_share_with"),
+        ({"cache_share_with": ["Acme"]}, "cache_share_with"),
+        ({"cache_share_with": [1]}, "cache_share_with"),
+        ({"cache_share_with": ["org_1", "org_1"]}, "cache_share_with"),
+        ({"cache_share_with": [f"org_{number}" for number in range(9)]}, "cache_share_with"),
     ],
 )
 def test_a_bad_policy_is_refused_by_its_name(values: dict[str, Any], field: str) -> None:
@@ -55,6 +63,9 @@ def test_a_bad_policy_is_refused_by_its_name(values: dict[str, Any], field: str)
         fallback_credentials=st.booleans(),
         cache_answers=st.sampled_from(CacheAnswers),
         cache_seconds=st.integers(1, 86_400),
+        cache_share_with=st.lists(st.from_regex(r"org_[a-z0-9]{1,26}", fullmatch=True), max_size=8, unique=True).map(
+            tuple
+        ),
         cli_version=st.none() | st.from_regex(r"[0-9]\.[0-9]{1,3}\.[0-9]{1,3}", fullmatch=True),
     )
 )
@@ -76,6 +87,27 @@ async def test_a_change_is_in_force_at_once_and_for_nobody_else(world: World) ->
     assert await book.of(world.theirs) == DEFAULT
     after = await world.do(set_policies, world.ours, {"fallback_models": None})
     assert after == Policies(cache_answers=CacheAnswers.DETERMINISTIC)
+
+
+@pytest.mark.anyio
+async def test_naming_a_partner_is_audited_needs_an_administrator_and_tells_nobody_who_else_is_here(
+    world: World,
+) -> None:
+    for asker in (world.as_role(Role.DEVELOPER), world.as_role(Role.VIEWER), world.as_role(Role.BILLING)):
+        with pytest.raises(PermissionDenied):
+            await world.do(set_policies, asker, {"cache_share_with": [world.theirs.org]})
+    with pytest.raises(InvalidRequest, match="itself"):
+        await world.do(set_policies, world.ours, {"cache_share_with": [world.ours.org]})
+    for one in (world.theirs.org, "org_nobody"):  # one that exists, and one that does not
+        made = await world.do(set_policies, world.ours, {"cache_share_with": [one]})
+        assert made.cache_share_with == (one,)
+    assert await world.see(get_policies, world.theirs) == DEFAULT
+    entries = (await world.see(list_audit_entries, world.ours, PageRequest())).data
+    assert [entry.action for entry in entries[:2]] == ["organization.update"] * 2
+    assert entries[0].before is not None
+    assert entries[0].after is not None
+    assert entries[0].before["settings"]["policies"]["cache_share_with"] == [world.theirs.org]
+    assert entries[0].after["settings"]["policies"]["cache_share_with"] == ["org_nobody"]
 
 
 @pytest.mark.anyio

@@ -23,7 +23,7 @@ def store(world: World) -> MemoryStore:
 
 
 def sealed(store: MemoryStore, vault: Vault, name: str = "upstream") -> SealedCache:
-    return SealedCache(Cache(name, store, vault.world.clock), vault.keys)
+    return SealedCache(Cache(name, store, vault.world.clock), vault.keys, vault.world.clock)
 
 
 async def test_nothing_of_one_organisation_is_found_by_another_nor_seen_in_the_store(

@@ -68,7 +68,8 @@ class UpstreamCredentials:
 def _with(policies: Policies, credential: Credential, others: Sequence[Credential] = ()) -> Credential:
     """A credential with what may stand in for it, and what of it may be kept."""
     standby = standby_of(policies.fallback_models, others)
-    return replace(credential, standby=standby, cache=CacheTerms(policies.cache_answers, policies.cache_seconds))
+    terms = CacheTerms(policies.cache_answers, policies.cache_seconds, share=bool(policies.cache_share_with))
+    return replace(credential, standby=standby, cache=terms)
 
 
 def _signed(leased: Leased) -> bool:

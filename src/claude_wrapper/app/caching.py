@@ -10,6 +10,7 @@ from claude_wrapper.config import Settings
 from claude_wrapper.storage.cache import Bounds, Cache, CacheStore, MemoryStore, Outcome
 from claude_wrapper.storage.cacheredis import RedisStore
 from claude_wrapper.telemetry.metrics import Metrics
+from claude_wrapper.tenancy.partners import Partners
 from claude_wrapper.vault.orgkeys import OrgKeys
 from claude_wrapper.vault.sealedcache import SealedCache
 
@@ -26,10 +27,10 @@ _LEASE_SECONDS: Final = 10.0
 class Caches:
     """Sealed caches by name. None of them exists when the setting `cache_bytes` is 0."""
 
-    def __init__(self, settings: Settings, clock: Clock, keys: OrgKeys, *, holder: str) -> None:
+    def __init__(self, settings: Settings, clock: Clock, keys: OrgKeys, partners: Partners, *, holder: str) -> None:
         """`holder` names this replica. Raises nothing: a store that cannot be reached is found out at the first use."""
         self._metrics: Metrics | None = None
-        self._clock, self._keys, self._holder = clock, keys, holder
+        self._clock, self._keys, self._partners, self._holder = clock, keys, partners, holder
         self._count_seconds, self._models_seconds = settings.cache_count_seconds, settings.cache_models_seconds
         self._made: dict[str, SealedCache] = {}
         self._store: CacheStore | None = None
@@ -51,7 +52,7 @@ class Caches:
                 holder=self._holder,
                 lease_seconds=_LEASE_SECONDS if self._shared and name != UPSTREAM else 0.0,
             )
-            self._made[name] = SealedCache(cache, self._keys)
+            self._made[name] = SealedCache(cache, self._keys, self._clock, self._partners)
         return self._made[name]
 
     def of_broker(self) -> Caching | None:

@@ -46,6 +46,7 @@ from claude_wrapper.tenancy.audit import Scribe
 from claude_wrapper.tenancy.bootstrap import ensure_operator
 from claude_wrapper.tenancy.keyformat import Pepper
 from claude_wrapper.tenancy.keyring import KeyRing
+from claude_wrapper.tenancy.partners import Partners
 from claude_wrapper.tenancy.policybook import PolicyBook
 from claude_wrapper.tenancy.principal import Principal, operator
 from claude_wrapper.usage import Ledger, LedgerCounts, LedgerSettings, PriceBook, Reports, Spill, from_file, packaged
@@ -131,7 +132,7 @@ async def running_tenants(settings: Settings, data_dir: Path, clock: Clock, ids:
         defaults = limit_settings(settings)
         rules = RuleBook(database, clock, defaults, limit_counts)
         policies = PolicyBook(database, clock)
-        caches = Caches(settings, clock, org_keys, holder=ids.new("replica"))
+        caches = Caches(settings, clock, org_keys, Partners(database, policies), holder=ids.new("replica"))
         stack.push_async_callback(caches.close)
         announcer = Announcer(state, clock)
         announcer.on(TENANCY_CHANNEL, keyring.heard)

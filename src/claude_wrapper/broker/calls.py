@@ -62,6 +62,8 @@ class CacheTerms:
 
     answers: str
     seconds: float
+    share: bool = False
+    """Whether the organisation shares with others what may be shared."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ class Exchange:
 
         try:
             found = await place.cache.get_or_compute(
-                self._order.binding.org, place.key, place.seconds, ask, refresh=place.refresh
+                self._order.binding.org, place.key, place.seconds, ask, refresh=place.refresh, share=place.share
             )
         except _NotKept:
             return asked  # ours was answered; another's answer that cannot be shared leaves us to ask

@@ -1,7 +1,7 @@
 """What may be answered from the cache, under which key, and for how long. Pure decisions, and the form of a kept answer.
 
-A key is made of what decides the answer: upstream, path and query, the headers that change behaviour, and the body
-without what does not (who asks, cache marks, the CLI's billing line), with its keys in order.
+A key is made of what decides the answer: provider, upstream, path and query, the headers that change behaviour, and the
+body without what does not (who asks, cache marks, the CLI's billing line), with its keys in order.
 """
 
 from __future__ import annotations
@@ -15,15 +15,21 @@ from typing import Any, Final
 import msgspec
 
 from claude_wrapper.broker.bodies import asks_for_summary
-from claude_wrapper.broker.calls import CacheTerms, CacheUse, Credential
+from claude_wrapper.broker.calls import CacheTerms, CacheUse, Credential, CredentialKind
 from claude_wrapper.broker.inject import Headers
 from claude_wrapper.broker.policy import Kind, Route
 from claude_wrapper.storage.cache import cache_key
 from claude_wrapper.vault.sealedcache import SealedCache
 
-_FORM: Final = "1"
+_FORM: Final = "2"
 """Part of every key: change it when the form of keys or kept answers changes."""
 _BEHAVIOUR: Final = ("anthropic-version", "anthropic-beta")
+_SHARED: Final = frozenset(
+    {"max_tokens", "messages", "model", "stop_sequences", "stream", "system", "temperature", "top_k", "top_p"}
+    | {"context_management", "output_config", "output_format", "thinking", "tool_choice", "tools"}
+)
+"""The fields of a request that says all that its answer is made from. Others (`container`, `mcp_servers`, and what is not
+known here) may name what lies at the account of whoever asks."""
 _BILLING: Final = "x-anthropic-billing-header:"
 _MESSAGE_ID: Final = re.compile(rb'"id":\s*"(msg_[^"]{1,100})"')
 
@@ -44,6 +50,8 @@ class Keeping:
     key: str
     seconds: float
     refresh: bool = False
+    share: bool = False
+    """Whether another organisation's answer will do, and this one's may become another's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,8 @@ class Caching:
             if terms is None or not answer_may_be_kept(terms, body or b"", use=use, main=main):
                 return None
             key = key_of(credential, route, headers, body)
-            return None if key is None else Keeping(self.answers, key, terms.seconds, refresh)
+            share = terms.share and may_be_shared(credential, body or b"")
+            return None if key is None else Keeping(self.answers, key, terms.seconds, refresh, share)
         if route.kind is Kind.COUNT_TOKENS and self.count_seconds > 0:
             key = key_of(credential, route, headers, body)
             return None if key is None else Keeping(self.counts, key, self.count_seconds, refresh)
@@ -106,6 +115,24 @@ def answer_may_be_kept(terms: CacheTerms, body: bytes, *, use: CacheUse | None, 
     return not fields.get("tools") and fields.get("temperature") == 0
 
 
+def may_be_shared(credential: Credential, body: bytes) -> bool:
+    """Whether an answer may go to another organisation that asks the same: the question must be all that it depends on.
+
+    Not with a file or a tool that lies at the asker's account upstream: naming it is not having it. And never what a
+    subscription answered: it is for its owner.
+    """
+    fields = _fields(body)
+    if fields is None or credential.kind is not CredentialKind.API_KEY:
+        return False
+    tools, canonical = fields.get("tools") or [], canonical_body(fields)
+    return (
+        canonical.keys() <= _SHARED
+        and isinstance(tools, list)
+        and all(isinstance(tool, dict) and tool.get("type", "custom") == "custom" for tool in tools)
+        and b'"file_id"' not in msgspec.json.encode(canonical)  # text cannot imitate it: its quotes are escaped
+    )
+
+
 def key_of(
     credential: Credential, route: Route, headers: Headers, body: bytes | None, *, account: str = ""
 ) -> str | None:
@@ -118,7 +145,16 @@ def key_of(
         canonical = msgspec.json.encode(canonical_body(fields), order="sorted")
     behaviour = sorted((name.lower(), value) for name, value in headers if name.lower() in _BEHAVIOUR)
     upstream = credential.base_url.rstrip("/")
-    parts = (_FORM, upstream, account, route.path, route.query, msgspec.json.encode(behaviour), canonical)
+    parts = (
+        _FORM,
+        credential.provider,
+        upstream,
+        account,
+        route.path,
+        route.query,
+        msgspec.json.encode(behaviour),
+        canonical,
+    )
     return cache_key(*parts)
 
 

@@ -405,11 +405,21 @@ def policy_show(settings: Any, organization: str) -> None:
 )
 @click.option("--cache-answers", help="off, asked or deterministic.")
 @click.option("--cache-seconds", type=int, help="How long an answer is kept.")
+@click.option(
+    "--cache-share-with",
+    multiple=True,
+    metavar="ORGANIZATION",
+    help="Share kept answers with it, as far as it names this one too; repeat it. `none`: with nobody.",
+)
 @click.option("--cli-version", help="Pin the CLI; `any` takes the pin away.")
 @click.pass_obj
-def policy_set(settings: Any, /, organization: str, fallbacks: tuple[str, ...], **given: Any) -> None:
+def policy_set(
+    settings: Any, /, organization: str, fallbacks: tuple[str, ...], cache_share_with: tuple[str, ...], **given: Any
+) -> None:
     """Change some policies; prints all of them as JSON."""
     changes = {name: value for name, value in given.items() if value is not None}
+    if cache_share_with:
+        changes["cache_share_with"] = [name for name in cache_share_with if name != "none"]
     if fallbacks:
         pairs = [text.partition("=") for text in fallbacks if text != "none"]
         changes["fallback_models"] = {model.strip(): others.split(",") for model, _, others in pairs}
@@ -425,6 +435,8 @@ def _policies(settings: Any, organization: str, changes: dict[str, Any]) -> str:
 
     async def work(offline: Any) -> dict[str, Any]:
         boss = await _inside(offline, organization)
+        if partners := changes.get("cache_share_with"):
+            changes["cache_share_with"] = [(await _inside(offline, name)).org for name in partners]
         async with offline.database.transaction() as tx:
             if changes:
                 return (await set_policies(tx, boss, offline.scribe, changes)).to_json()

@@ -31,6 +31,7 @@ from claude_wrapper.vault.sealedcache import SealedCache
 log = structlog.get_logger(__name__)
 
 MAX_PAGES: Final = 16
+_REUSED: Final = frozenset({CacheOutcome.HIT, CacheOutcome.JOINED, CacheOutcome.SHARED})
 _MAX_WORDS: Final = 4_096
 _NAME: Final = 128
 
@@ -95,7 +96,9 @@ class RemoteServers:
             if found is not None:
                 credential, identity = found, found.identity
         server = McpServer(name=spec.name, url=spec.url, credential=credential, legacy=spec.legacy)
-        kept = Kept(self._cache, owner.org, spec, identity) if self._cache is not None else None
+        kept = None
+        if self._cache is not None:
+            kept = Kept(self._cache, owner.org, spec, identity, share=credential is None)
         return Remote(self._open_bridge(server), spec, owner, self._seen, kept, has_credential=credential is not None)
 
 
@@ -224,12 +227,14 @@ class Reusable:
 @dataclass(frozen=True, slots=True)
 class Kept:
     """Kept results of one server, as its organisation sees it with one credential: what one credential may see is not
-    shown under another."""
+    shown under another, and nothing that any credential saw is shared with another organisation."""
 
     cache: SealedCache
     org: str
     spec: RemoteSpec
     identity: str = field(repr=False)
+    share: bool
+    """No credential was used: anybody who reaches the server sees the same."""
 
     async def or_ask(
         self, asked: Mapping[str, Any], seconds: float, ask: Callable[[], Awaitable[Mapping[str, Any] | None]]
@@ -245,8 +250,8 @@ class Kept:
         key = cache_key(
             "mcp", plain_url(self.spec.url), self.identity, msgspec.json.encode(asked, order="deterministic")
         )
-        found = await self.cache.get_or_compute(self.org, key, seconds, compute)
-        return Reusable(msgspec.json.decode(found.value), found.outcome in {CacheOutcome.HIT, CacheOutcome.JOINED})
+        found = await self.cache.get_or_compute(self.org, key, seconds, compute, share=self.share)
+        return Reusable(msgspec.json.decode(found.value), found.outcome in _REUSED)
 
 
 def acting(owner: Owner) -> Principal:

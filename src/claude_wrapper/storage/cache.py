@@ -39,6 +39,8 @@ class Outcome(enum.StrEnum):
     MISS = "miss"
     JOINED = "joined"
     """It was being computed for somebody else, whose value this is."""
+    SHARED = "shared"
+    """It came from another organisation, which shares with this one (`vault.sealedcache`)."""
     ERROR = "error"
     """The store failed: a miss."""
 
@@ -171,6 +173,8 @@ class Computed:
 
     value: bytes = field(repr=False)
     keep: bool = True
+    shared: bool = False
+    """It was not computed at all: another organisation had it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +218,11 @@ class Cache:
         """The value, or None. Counted as a hit, a miss or an error."""
         found = await self._look(key)
         self._watch(self.name, found.outcome)
+        return found.value if found.outcome is Outcome.HIT else None
+
+    async def peek(self, key: str) -> bytes | None:
+        """As `get`, uncounted: a part of another look-up."""
+        found = await self._look(key)
         return found.value if found.outcome is Outcome.HIT else None
 
     async def put(self, key: str, value: bytes, ttl: float) -> bool:
@@ -272,7 +281,7 @@ class Cache:
         finally:
             if leased:
                 await self._tried(self._store.unclaim, self._place(key), self._holder)
-        return Found(computed.value, looked.outcome)
+        return Found(computed.value, Outcome.SHARED if computed.shared else looked.outcome)
 
     async def _theirs(self, key: str, *, refresh: bool) -> Found | None:
         """What another replica computes meanwhile; None: we have the claim, or have waited long enough."""

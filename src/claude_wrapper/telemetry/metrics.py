@@ -47,7 +47,7 @@ RETRY_REASONS: Final = ("rate_limited", "overloaded", "server_error", "connect",
 FALLBACKS: Final = ("model", "credential")
 TOKEN_KINDS: Final = ("input", "output", "cache_read", "cache_write_5m", "cache_write_1h", "thinking")
 CACHES: Final = ("upstream", "tool", "token_count", "models")
-CACHE_OUTCOMES: Final = ("hit", "miss", "joined", "error")
+CACHE_OUTCOMES: Final = ("hit", "miss", "joined", "shared", "error")
 """`joined`: somebody else was being answered the same, and the answer was shared."""
 LIMITS: Final = (
     "requests",

@@ -15,6 +15,7 @@ from typing import Any, Final
 import structlog
 
 from claude_wrapper.errors import InvalidRequest
+from claude_wrapper.ids import ORG, well_formed
 from claude_wrapper.tenancy.values import clean_models
 
 log = structlog.get_logger(__name__)
@@ -23,6 +24,8 @@ SETTING: Final = "policies"
 ANY_MODEL: Final = "*"
 MAX_FALLBACKS: Final = 4
 MAX_CACHE_SECONDS: Final = 30 * 86_400
+MAX_PARTNERS: Final = 8
+"""Organisations that one shares with: each may be looked into at a miss."""
 _VERSION: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._+-]{0,63}\Z")
 
 
@@ -49,6 +52,9 @@ class Policies:
     cache_answers: CacheAnswers = CacheAnswers.ASKED
     cache_seconds: int = 3600
     """How long an answer is kept."""
+    cache_share_with: tuple[str, ...] = ()
+    """Organisations (ids) whose kept answers will do, in the order of asking, and who may have this one's: as far as they
+    name this one too."""
     cli_version: str | None = None
     """The only version of the CLI that this organisation's new conversations get; None: the server's choice."""
 
@@ -65,6 +71,7 @@ class Policies:
             "fallback_credentials": self.fallback_credentials,
             "cache_answers": self.cache_answers.value,
             "cache_seconds": self.cache_seconds,
+            "cache_share_with": list(self.cache_share_with),
             "cli_version": self.cli_version,
         }
 
@@ -83,6 +90,7 @@ def parse(values: Mapping[str, Any]) -> Policies:
         fallback_credentials=_flag(given.get("fallback_credentials", False)),
         cache_answers=_answers(given.get("cache_answers", CacheAnswers.ASKED)),
         cache_seconds=_seconds(given.get("cache_seconds", DEFAULT.cache_seconds)),
+        cache_share_with=_partners(given.get("cache_share_with", ())),
         cli_version=_version(given.get("cli_version")),
     )
 
@@ -125,6 +133,19 @@ def _seconds(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_CACHE_SECONDS:
         raise InvalidRequest(f"must be 1 to {MAX_CACHE_SECONDS} seconds", field="cache_seconds")
     return value
+
+
+def _partners(value: Any) -> tuple[str, ...]:
+    # Whether they exist is not checked: an administrator could otherwise find out who else is here.
+    name = "cache_share_with"
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InvalidRequest("must be a list of organisations' ids", field=name)
+    if len(value) > MAX_PARTNERS or len(set(map(str, value))) != len(value):
+        raise InvalidRequest(f"must have at most {MAX_PARTNERS} different organisations", field=name)
+    for one in value:
+        if not isinstance(one, str) or not well_formed(one, ORG):
+            raise InvalidRequest(f"is an organisation's id, such as {ORG}_…", field=name)
+    return tuple(value)
 
 
 def _version(value: Any) -> str | None:

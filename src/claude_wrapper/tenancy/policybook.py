@@ -11,14 +11,14 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper.clock import Clock
-from claude_wrapper.errors import StorageUnavailable
+from claude_wrapper.errors import InvalidRequest, StorageUnavailable
 from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.tables.tenancy import organizations
 from claude_wrapper.tenancy.announcements import read_change
 from claude_wrapper.tenancy.audit import Scribe
 from claude_wrapper.tenancy.orgs import OrganizationChange, get_organization, update_organization
 from claude_wrapper.tenancy.policies import DEFAULT, SETTING, Policies, parse, read
-from claude_wrapper.tenancy.principal import Principal, owned
+from claude_wrapper.tenancy.principal import Principal
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +39,8 @@ async def set_policies(
     the whole organisation. Raises InvalidRequest naming the field."""
     before = await get_policies(tx, principal)
     after = parse({**before.to_json(), **changes})
+    if principal.org in after.cache_share_with:
+        raise InvalidRequest("an organisation does not name itself", field="cache_share_with")
     change = OrganizationChange(settings={SETTING: None if after == DEFAULT else after.to_json()})
     await update_organization(tx, principal, scribe, change)
     return after
@@ -52,24 +54,28 @@ class PolicyBook:
         self._clock = clock
         self._known: OrderedDict[str, tuple[Policies, float]] = OrderedDict()
 
-    # tenant-scope: the callers name their principal's organisation
     async def of(self, principal: Principal) -> Policies:
         """An organisation's policies. While the database is away the last known ones hold; none are known: the defaults."""
-        known = self._known.get(principal.org)
+        return await self.of_organization(principal.org)
+
+    # tenant-scope: the callers name their principal's organisation
+    async def of_organization(self, org: str) -> Policies:
+        """As `of`."""
+        known = self._known.get(org)
         now = self._clock.monotonic()
         if known is not None and now < known[1]:
             return known[0]
         try:
             async with self._database.read() as tx:
-                found = await tx.scalar(sa.select(organizations.c.settings).where(owned(principal, organizations)))
-            policies = read(found, principal.org)
+                found = await tx.scalar(sa.select(organizations.c.settings).where(organizations.c.id == org))
+            policies = read(found, org)
         except StorageUnavailable:
-            log.warning("policies.not_read", org=principal.org, effect="the last known ones, or none, are in force")
+            log.warning("policies.not_read", org=org, effect="the last known ones, or none, are in force")
             policies = known[0] if known is not None else DEFAULT
         if known is not None and known[0] == policies:
             policies = known[0]
-        self._known[principal.org] = (policies, now + KEPT_SECONDS)
-        self._known.move_to_end(principal.org)
+        self._known[org] = (policies, now + KEPT_SECONDS)
+        self._known.move_to_end(org)
         while len(self._known) > _MOST_ORGS:
             self._known.popitem(last=False)
         return policies

@@ -92,13 +92,21 @@ class OrgKeys:
         `opening` is a sealed record that is about to be opened: if it names a version that another replica made
         meanwhile, the keys are read again. Raises VaultSealed.
         """
+        return await self.present(org, opening=opening) or self._remembered(await self._add(org, 1))
+
+    # tenant-scope: as above
+    async def present(self, org: str, *, opening: bytes | None = None) -> DataKeys | None:
+        """As `of`, and None where there is no key: what must not give one to an organisation that was erased."""
         found = self._cached.get(org)
         if found is not None and (opening is None or key_version_of(opening) in found.versions):
             self._cached.move_to_end(org)
             return found
-        keys = await self._load(org) or await self._add(org, 1)
-        self._cached[org] = keys
-        self._cached.move_to_end(org)
+        keys = await self._load(org)
+        return None if keys is None else self._remembered(keys)
+
+    def _remembered(self, keys: DataKeys) -> DataKeys:
+        self._cached[keys.org] = keys
+        self._cached.move_to_end(keys.org)
         while len(self._cached) > MAX_CACHED:
             self._cached.popitem(last=False)
         return keys

@@ -20,6 +20,7 @@ class ChangedPolicies(msgspec.Struct, forbid_unknown_fields=True):
     fallback_credentials: bool | UnsetType | None = UNSET
     cache_answers: str | UnsetType | None = UNSET
     cache_seconds: int | UnsetType | None = UNSET
+    cache_share_with: list[str] | UnsetType | None = UNSET
     cli_version: str | UnsetType | None = UNSET
 
 
