@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from anthropic import AsyncAnthropic
+from sqlalchemy.util.concurrency import await_
 
 from claude_wrapper.errors import StorageUnavailable
 from claude_wrapper.sessions import eventlog
@@ -63,12 +64,11 @@ async def test_whichever_write_the_holder_dies_at_the_log_is_whole(
     db = Database(empty_postgres_url)
     await migrations.migrate(db)
     await db.close()
-    name = "write_with" if hasattr(eventlog.EventLog, "write_with") else "write"
-    real = getattr(eventlog.EventLog, name)
+    real = eventlog.EventLog.write_now
     dies_at, seen = 0, 0
     servers: list[Running] = []
 
-    async def write(self: Any, tx: Any, principal: Any, session: str, *given: Any, **kw: Any) -> Any:
+    def write(self: Any, tx: Any, principal: Any, session: str, *given: Any, **kw: Any) -> Any:
         nonlocal seen
         if kw.get("fence") is not None and servers and self is servers[0].server.sessions.books.log:
             seen += 1
@@ -76,10 +76,10 @@ async def test_whichever_write_the_holder_dies_at_the_log_is_whole(
                 # Outside of this transaction, which has locked nothing of the session yet.
                 # A holder that has locked the row cannot lose the session before it has written: nothing to take then.
                 with contextlib.suppress(StorageUnavailable, sa.exc.DBAPIError):
-                    await asyncio.create_task(buried(servers[1], session))
-        return await real(self, tx, principal, session, *given, **kw)
+                    await_(asyncio.create_task(buried(servers[1], session)))
+        return real(self, tx, principal, session, *given, **kw)
 
-    monkeypatch.setattr(eventlog.EventLog, name, write)
+    monkeypatch.setattr(eventlog.EventLog, "write_now", write)
     async with ScriptedUpstream() as upstream:
         settings = {
             "database_url": empty_postgres_url,

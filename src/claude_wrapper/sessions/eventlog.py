@@ -99,6 +99,14 @@ class Mark:
     version: int
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Events as they will be stored, but for their numbers."""
+
+    at: datetime
+    rows: list[dict[str, Any]]
+
+
 class MovedOn(Exception):
     """Somebody wrote to the session meanwhile; nothing was written."""
 
@@ -212,18 +220,41 @@ class EventLog:
 
         `at`: only if nobody has written to the session since; else MovedOn.
         """
+        batch = self.batch(principal, session, events, queued=queued)
+        return await tx.run_sync(self.write_now, principal, session, batch, changes, fence=fence, at=at)
+
+    def batch(
+        self, principal: Principal, session: str, events: Sequence[dict[str, Any]], *, queued: bool = False
+    ) -> Batch:
+        """Events as they will be stored: what becomes of them afterwards does not matter."""
         now = self._clock.now()
+        common = {"session_id": session, "org_id": principal.org, "written_at": now}
+        common["processed_at"] = None if queued else now
+        return Batch(now, [{**common, **self._row(event)} for event in events])
+
+    def write_now(
+        self,
+        tx: sa.Connection,
+        principal: Principal,
+        session: str,
+        batch: Batch,
+        changes: Mapping[str, Any],
+        *,
+        fence: int | None = None,
+        at: Mark | None = None,
+    ) -> tuple[list[Stored], Mark]:
+        """`write_with` as a plain function, for `Database.write`."""
         mine = sa.and_(owned(principal, sessions), sessions.c.id == session)
         where = mine if fence is None else sa.and_(mine, sessions.c.fence == fence)
         if at is not None:
             where = sa.and_(where, sessions.c.last_seq == at.seq, sessions.c.version == at.version)
-        taken = await tx.execute(
+        taken = tx.execute(
             sa.update(sessions)
             .where(where)
             .values(
-                last_seq=sessions.c.last_seq + len(events),
+                last_seq=sessions.c.last_seq + len(batch.rows),
                 version=sessions.c.version + (1 if changes else 0),
-                updated_at=now,
+                updated_at=batch.at,
                 **changes,
             )
             .returning(sessions.c.last_seq, sessions.c.version)
@@ -232,20 +263,18 @@ class EventLog:
         if row is None:
             found = None
             if fence is not None or at is not None:
-                found = (await tx.execute(sa.select(sessions.c.fence).where(mine))).first()
+                found = tx.execute(sa.select(sessions.c.fence).where(mine)).first()
             if found is None:
                 raise NotFound(f"there is no session {session}")
             if fence is not None and found.fence != fence:
                 raise LeaseLost(f"session {session} was taken over by another replica")
             raise MovedOn
         mark = Mark(*row)
-        if not events:
+        if not batch.rows:
             return [], mark
-        common = {"session_id": session, "org_id": principal.org, "written_at": now}
-        common["processed_at"] = None if queued else now
-        first = mark.seq - len(events) + 1
-        rows = [{**common, "seq": first + place, **self._row(event)} for place, event in enumerate(events)]
-        await tx.execute(sa.insert(session_events), rows)
+        first = mark.seq - len(batch.rows) + 1
+        rows = [{**row, "seq": first + place} for place, row in enumerate(batch.rows)]
+        tx.execute(sa.insert(session_events), rows)
         return [_stored(row) for row in rows], mark
 
     def _row(self, event: dict[str, Any]) -> dict[str, Any]:
@@ -287,12 +316,18 @@ class EventLog:
         self, tx: AsyncConnection, principal: Principal, session: str, events: Sequence[Stored]
     ) -> None:
         """These events have been taken up."""
+        await tx.run_sync(self.processed_now, principal, session, events, self._clock.now())
+
+    def processed_now(
+        self, tx: sa.Connection, principal: Principal, session: str, events: Sequence[Stored], now: datetime
+    ) -> None:
+        """`processed` as a plain function, for `Database.write`."""
         table = session_events
-        await tx.execute(
+        tx.execute(
             sa.update(table)
             .where(owned(principal, table), table.c.session_id == session)
             .where(table.c.seq.in_([one.seq for one in events]))
-            .values(processed_at=self._clock.now())
+            .values(processed_at=now)
         )
 
     async def publish(self, session: str, stored: Sequence[Stored]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import sqlalchemy as sa
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -66,6 +67,17 @@ class _Kept:
     """None: the client has queued more."""
     mark: Mark
     """Where somebody else's writing shows: a client's events, an update, an archive."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """How a turn begins."""
+
+    write: Callable[[sa.Connection], tuple[list[Stored], Mark]]
+    recorder: Recorder
+    start: int
+    """Position of the turn's user message in the transcript."""
+    past: tuple[Message, ...]
 
 
 @dataclass(slots=True)
@@ -170,33 +182,23 @@ class SessionJournal:
             inflight = InFlight(books.log, session)
             await cleanup.enter_async_context(answering(books.state, inflight, session))
             kept, self._kept = self._kept if turn_input.replay is None else None, None
-            async with books.db.transaction() as tx:
-                known: Sequence[CallRow] = ()
-                await self._check_budget(tx, None if kept is None else kept.session)
-                if kept is None:
-                    messages = await records.load_messages(tx, self._principal, session)
-                    known = await records.calls_of(tx, self._principal, session)
-                else:
-                    messages = kept.messages
-                recorder = Recorder(list(messages))
-                past = tuple(messages)
-                start = len(messages) - 1
-                events: list[dict[str, Any]] = []
-                if not turn_input.durable:
-                    events.append({"type": "user.message", "content": shown_content(turn_input.content)})
-                    turn_input = replace(turn_input, past=past)
-                if turn_input.replay is None:
-                    start = recorder.user(turn_input.content)
-                    events += self.running_events()
-                running = {"start": start, "durable": turn_input.durable, "attempt": self.attempt}
-                changes = {"status": records.RUNNING, "stop_reason": None, "turn": running}
-                stored, mark = await books.log.write_with(
-                    tx, self._principal, session, events, changes, fence=self.fence
-                )
-                if turn_input.replay is None:
-                    await records.save_messages(tx, self._principal, session, {start: recorder.messages[start]})
-                if self.taking:
-                    await books.log.processed(tx, self._principal, session, self.taking)
+            known: Sequence[CallRow] = ()
+            if kept is not None and (kept.session or self.session).budget is None:
+                opening = self._opening(turn_input, kept.messages)
+                stored, mark = await books.db.write(opening.write)
+            else:
+                async with books.db.transaction() as tx:
+                    await self._check_budget(tx, None if kept is None else kept.session)
+                    if kept is None:
+                        messages = await records.load_messages(tx, self._principal, session)
+                        known = await records.calls_of(tx, self._principal, session)
+                    else:
+                        messages = kept.messages
+                    opening = self._opening(turn_input, messages)
+                    stored, mark = await tx.run_sync(opening.write)
+            recorder, start = opening.recorder, opening.start
+            if not turn_input.durable:
+                turn_input = replace(turn_input, past=opening.past)
             await books.log.publish(session, stored)
             self._mcp.begin(shown_names(self.session.agent))
             translator = TurnTranslator(books.ids.new, self.decide, self._mcp)
@@ -212,7 +214,7 @@ class SessionJournal:
             cleanup = cleanup.pop_all()
             opened = {one.tool_use_id for one in known if one.kind != "tool" and one.answered_at is None}
             self._idle.clear()
-            alone = kept is not None and mark == Mark(kept.mark.seq + len(events), kept.mark.version + 1)
+            alone = kept is not None and mark == Mark(kept.mark.seq + len(stored), kept.mark.version + 1)
             self._turn = turn = _Turn(
                 translator=translator,
                 recorder=recorder,
@@ -235,6 +237,50 @@ class SessionJournal:
             self.taking, self.interrupted = (), False
             self.attempt = 1
         return turn_input
+
+    def _opening(self, turn_input: TurnInput, messages: Sequence[Message]) -> _Opening:
+        """What the beginning of a turn writes, after these messages."""
+        recorder, start = Recorder(list(messages)), len(messages) - 1
+        events: list[dict[str, Any]] = []
+        if not turn_input.durable:
+            events.append({"type": "user.message", "content": shown_content(turn_input.content)})
+        if turn_input.replay is None:
+            start = recorder.user(turn_input.content)
+            events += self.running_events()
+        running = {"start": start, "durable": turn_input.durable, "attempt": self.attempt}
+        changes = {"status": records.RUNNING, "stop_reason": None, "turn": running}
+        said = {start: recorder.messages[start]} if turn_input.replay is None else {}
+        write = self._note(events, changes, said)
+        taking, now = self.taking, self._books.clock.now()
+
+        def whole(tx: sa.Connection) -> tuple[list[Stored], Mark]:
+            written = write(tx)
+            if taking:
+                self._books.log.processed_now(tx, self._principal, self.session.id, taking, now)
+            return written
+
+        return _Opening(whole, recorder, start, tuple(messages))
+
+    def _note(
+        self,
+        events: Sequence[dict[str, Any]],
+        changes: Mapping[str, Any],
+        messages: Mapping[int, Message],
+        *,
+        model: str = "",
+        at: Mark | None = None,
+    ) -> Callable[[sa.Connection], tuple[list[Stored], Mark]]:
+        """What writes events, changes of the session's row and messages of its transcript, as they are now."""
+        log, principal, session, fence = self._books.log, self._principal, self.session.id, self.fence
+        batch = log.batch(principal, session, events)
+        rows = records.message_rows(principal, session, messages, model=model)
+
+        def write(tx: sa.Connection) -> tuple[list[Stored], Mark]:
+            written = log.write_now(tx, principal, session, batch, changes, fence=fence, at=at)
+            records.save_messages_now(tx, rows)
+            return written
+
+        return write
 
     async def _check_budget(self, tx: AsyncConnection, session: Session | None) -> None:
         """Raises Conflict when it is spent."""
@@ -359,7 +405,11 @@ class SessionJournal:
 
     async def _write(self, turn: _Turn, run: Sequence[Entry]) -> None:
         try:
-            stored = await self._books.db.run(lambda tx: self._commit(tx, turn, run))
+            if turn.called or any(output.calls or output.results or output.threads for output, _ in run):
+                stored = await self._books.db.run(lambda tx: self._commit(tx, turn, run))
+            else:
+                stored, mark = await self._books.db.write_patiently(self._said(turn, run))
+                self._moved(turn, mark, len(stored))
         except LeaseLost:
             self._on_lost()
             raise
@@ -372,12 +422,8 @@ class SessionJournal:
         """One batch: events, calls, results, transcript, and the status that follows from them."""
         books, principal, session = self._books, self._principal, self.session.id
         now = books.clock.now()
-        events = [event for output, _ in run for event in output.events]
-        before = turn.mark
-        stored, turn.mark = await books.log.write_with(tx, principal, session, events, {}, fence=self.fence)
-        if turn.mark != Mark(before.seq + len(events), before.version):
-            turn.session = None
-        await self._save(tx, turn, run)
+        stored, mark = await tx.run_sync(self._said(turn, run))
+        self._moved(turn, mark, len(stored))
         for output, _ in run:
             await records.add_calls(tx, principal, session, output.calls)
             for thread_id, name, status in output.threads:
@@ -389,9 +435,15 @@ class SessionJournal:
             stored += await self._ask_client(tx)
         return stored
 
-    async def _save(self, tx: AsyncConnection, turn: _Turn, run: Sequence[Entry]) -> None:
-        grown = {at: turn.recorder.messages[at] for _, at in run if at is not None}
-        await records.save_messages(tx, self._principal, self.session.id, grown, model=turn.input.model)
+    def _said(self, turn: _Turn, run: Sequence[Entry]) -> Callable[[sa.Connection], tuple[list[Stored], Mark]]:
+        events = [event for output, _ in run for event in output.events]
+        return self._note(events, {}, _grown(turn, run), model=turn.input.model)
+
+    @staticmethod
+    def _moved(turn: _Turn, mark: Mark, written: int) -> None:
+        before, turn.mark = turn.mark, mark
+        if mark != Mark(before.seq + written, before.version):
+            turn.session = None  # somebody else has written to it
 
     async def _note_results(self, tx: AsyncConnection, results: Sequence[tuple[str, dict[str, Any]]]) -> list[Stored]:
         """Calls that have run; and the client's results that came through `/v1/messages`."""
@@ -439,18 +491,17 @@ class SessionJournal:
         closing, values = self._closing(turn, session, end, queued=False)
         closing = [*unsaid, *closing]
 
-        async def work(tx: AsyncConnection) -> tuple[list[Stored], Mark]:
-            written = await books.log.write_with(
-                tx, self._principal, session.id, [*events, *closing], values, fence=self.fence, at=turn.mark
-            )
-            if end.kept:
-                await self._save(tx, turn, left)
-            else:
-                await records.cut_messages(tx, self._principal, session.id, turn.start)
+        grown = _grown(turn, left) if end.kept else {}
+        write = self._note([*events, *closing], values, grown, model=turn.input.model, at=turn.mark)
+
+        def work(tx: sa.Connection) -> tuple[list[Stored], Mark]:
+            written = write(tx)
+            if not end.kept:
+                records.cut_messages_now(tx, self._principal, session.id, turn.start)
             return written
 
         try:
-            stored, mark = await books.db.run(work)
+            stored, mark = await books.db.write_patiently(work)
         except MovedOn:
             return False
         self._keep(turn, _after(session, values), end, mark)
@@ -549,6 +600,10 @@ def _worked(turn: _Turn, session: Session, end: TurnEnd, books: Books) -> dict[s
     """What every end of a turn writes."""
     active = session.active_ms + round((books.clock.monotonic() - turn.began) * 1000)
     return {"usage": with_usage(session.usage, end, books.list_price), "active_ms": active, "turn": None}
+
+
+def _grown(turn: _Turn, run: Sequence[Entry]) -> dict[int, Message]:
+    return {at: turn.recorder.messages[at] for _, at in run if at is not None}
 
 
 def _after(session: Session, values: Mapping[str, Any]) -> Session:

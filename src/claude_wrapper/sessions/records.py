@@ -425,9 +425,14 @@ async def save_messages(
 
     `model` is what the assistant's are from.
     """
-    if not messages:
-        return
-    rows = [
+    await tx.run_sync(save_messages_now, message_rows(principal, session, messages, model=model))
+
+
+def message_rows(
+    principal: Principal, session: str, messages: Mapping[int, Message], *, model: str = ""
+) -> list[dict[str, Any]]:
+    """Messages as they are stored: how they grow afterwards does not matter."""
+    return [
         {
             "session_id": session,
             "position": position,
@@ -438,7 +443,12 @@ async def save_messages(
         }
         for position, message in sorted(messages.items())
     ]
-    await tx.execute(_save_messages(tx.dialect.name), rows)
+
+
+def save_messages_now(tx: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """`save_messages` as a plain function, for `Database.write`."""
+    if rows:
+        tx.execute(_save_messages(tx.dialect.name), rows)
 
 
 @functools.cache
@@ -466,7 +476,12 @@ async def last_message(tx: AsyncConnection, principal: Principal, session: str) 
 
 async def cut_messages(tx: AsyncConnection, principal: Principal, session: str, position: int) -> None:
     """Forget the messages from this position on."""
+    await tx.run_sync(cut_messages_now, principal, session, position)
+
+
+def cut_messages_now(tx: sa.Connection, principal: Principal, session: str, position: int) -> None:
+    """`cut_messages` as a plain function, for `Database.write`."""
     table = session_messages
-    await tx.execute(
+    tx.execute(
         sa.delete(table).where(owned(principal, table), table.c.session_id == session, table.c.position >= position)
     )
