@@ -9,18 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import uuid
-from typing import NewType, Protocol
-
-OrgId = NewType("OrgId", str)
-WorkspaceId = NewType("WorkspaceId", str)
-UserId = NewType("UserId", str)
-ApiKeyId = NewType("ApiKeyId", str)
-SessionId = NewType("SessionId", str)
-TurnId = NewType("TurnId", str)
-EventId = NewType("EventId", str)
-SlotId = NewType("SlotId", str)
-RequestId = NewType("RequestId", str)
-CredentialId = NewType("CredentialId", str)
+from typing import Protocol
 
 ORG = "org"
 WORKSPACE = "wrkspc"

@@ -224,7 +224,9 @@ def test_a_rewind_to_the_start_names_first_and_last_user_line_and_needs_none_bef
             "target_message_uuid": "a",
             "last_seen_user_message_uuid": "c",
         }
-        assert agent.first_uuid is None
+        told = len(transport.lines)
+        await agent.rewind()
+        assert len(transport.lines) == told
 
     run(work)
 

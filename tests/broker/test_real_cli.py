@@ -131,7 +131,6 @@ async def test_a_primed_spare_gets_its_system_prompt_and_parameters_with_the_tur
     assert (cut.error_type, cut.main, whole.main, whole.error_type) == ("stream_cut", True, True, None)
     assert (bool(second.body.get("stream")), bool(third.body.get("stream"))) == (True, False)
     assert (second.body["max_tokens"], third.body["max_tokens"]) == (78, 78)
-    assert endpoint.last_error is None
     assert world.noted.faults == []
 
 
@@ -143,8 +142,7 @@ async def test_a_failing_upstream_ends_the_turn_at_once_and_the_truth_is_known(
     async with asyncio.timeout(30), cli(real_cli, tmp_path, process) as agent:
         await agent.control(subtype="initialize", hooks=None)
         result = await agent.ask(f"[[error {status}]] [[retry-after 100]]")
-        assert process.endpoint.last_error is not None
-        assert process.endpoint.last_error.status == status
+        assert (await process.endpoint.end())[-1].status == status
     assert result["is_error"]
     assert result["duration_ms"] < 5000
     assert len(world.upstream.requests) == 1

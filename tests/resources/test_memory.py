@@ -159,8 +159,8 @@ async def test_a_session_writes_under_its_own_name(world: World, client: AsyncAn
     fields = Fields({"path": "/s", "content": "by the agent"})
     async with world.means.db.transaction() as tx:
         await memory.create_memory(tx, KEYS["acme"], world.scribe(), store, fields, actor=actor)
-    async with world.means.db.read() as tx:
-        assert [one.content for one in await memory.all_memories(tx, KEYS["acme"], store)] == ["by the agent"]
+    kept = await client.beta.memory_stores.memories.list(store, view="full")
+    assert [one.content async for one in kept] == ["by the agent"]
     found = [one async for one in client.beta.memory_stores.memory_versions.list(store, session_id="sesn_1")]
     assert [one.created_by.session_id for one in found] == ["sesn_1"]
 

@@ -474,6 +474,20 @@ async def test_the_operator_is_made_once_and_its_key_may_do_everything_in_every_
         await world.do(deletion.delete_organization, principal)
 
 
+async def test_an_operator_without_a_live_key_gets_one_in_the_same_organisation(world: World) -> None:
+    async with world.db.transaction() as tx:
+        first = await bootstrap.ensure_operator(tx, world.scribe, PEPPER)
+    inside = world.operator.acting_in(first.organization.id)
+    await world.do(apikeys.revoke_api_key, inside, first.key_id)
+    async with world.db.transaction() as tx:
+        second = await bootstrap.ensure_operator(tx, world.scribe, PEPPER)
+    assert second.organization.id == first.organization.id
+    assert second.secret is not None
+    async with world.db.transaction() as tx:
+        third = await bootstrap.ensure_operator(tx, world.scribe, PEPPER)
+    assert (third.key_id, third.secret) == (second.key_id, None)
+
+
 async def test_an_owner_cannot_touch_an_operators_key(world: World) -> None:
     inside = world.operator.acting_in(world.ours.org)
     made = await world.do(apikeys.create_operator_key, inside, PEPPER, name="op")

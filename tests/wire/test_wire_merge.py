@@ -207,15 +207,6 @@ def test_several_whole_blocks_of_one_request_count_its_usage_once() -> None:
     assert merger.usage.input_tokens == 10
 
 
-def test_whole_blocks_with_a_client_tool_end_when_the_bridge_says_so() -> None:
-    merger, events = run([assistant("msg_2", call("mcp__client__a", "toolu_1")), assistant("msg_2", text("x"))])
-    assert not merger.finished
-    assert b'"tool_use"' in merger.end_for_client_tools()[0]
-    assert merger.finished
-    assert merger.end_for_client_tools() == []
-    assert [item["index"] for item in events if item["type"] == "content_block_start"] == [0, 1]
-
-
 def test_structured_output_is_the_only_text_when_it_was_asked_for() -> None:
     frames = [
         *request("msg_1", [text("not json")]),
@@ -252,14 +243,6 @@ def test_a_refusal_is_an_answer_even_when_the_cli_calls_it_an_error() -> None:
     merger, events = run([*frames, result(is_error=True, terminal_reason="api_error", stop_reason="refusal")])
     assert merger.failure is None
     assert events[-2]["delta"]["stop_reason"] == "refusal"
-
-
-def test_what_upstream_really_said_can_replace_the_stop_reason() -> None:
-    merger = MessageMerger("msg_ours", "m")
-    merger.override_stop({"stop_reason": "stop_sequence", "stop_sequence": "END"})
-    merger, events = run([*request("msg_1", [text("x")]), result()], merger)
-    assert events[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "END"}
-    assert merger.message()["stop_sequence"] == "END"
 
 
 def test_a_command_that_asked_no_model_answers_with_its_text() -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from claude_wrapper.testing import MODELS
-from claude_wrapper.wire.errorbody import STATUS_OF_TYPE, error_body, type_of_status
+from claude_wrapper.wire.errorbody import STATUS_OF_TYPE, error_object, type_of_status
 from claude_wrapper.wire.models import find_model, list_to_wire, model_to_wire
 
 
 def test_an_error_body_satisfies_both_families() -> None:
-    body = json.loads(error_body("not_found_error", "No such model", "req_1", {"error_code": "gone", "field": "model"}))
+    body = error_object("not_found_error", "No such model", "req_1", {"error_code": "gone", "field": "model"})
     assert body["type"] == "error"
     assert body["request_id"] == "req_1"
     assert body["error"] == {
@@ -22,7 +20,7 @@ def test_an_error_body_satisfies_both_families() -> None:
         "code": "gone",
         "param": "model",
     }
-    assert "details" not in json.loads(error_body("api_error", "x", None))["error"]
+    assert "details" not in error_object("api_error", "x", None)["error"]
 
 
 @pytest.mark.parametrize(

@@ -156,11 +156,6 @@ class Link:
         return self._garbage
 
     @property
-    def first_uuid(self) -> str | None:
-        """The first user line of this conversation; None when nothing was said since the start or the last rewind."""
-        return self._first_uuid
-
-    @property
     def on_control(self) -> OnControl:
         """Answers the CLI's questions (`can_use_tool`, `hook_callback`, `mcp_message`); denies by default."""
         return self._controls.on_control

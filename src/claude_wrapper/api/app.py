@@ -51,11 +51,6 @@ ROUTES: tuple[Route, ...] = (
     *SESSION_ROUTES,
 )
 
-OPEN_PATHS = frozenset(
-    {"/", "/livez", "/readyz", "/health", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"}
-)
-"""What answers without a key."""
-
 
 def create_app(deps: Deps, *, watch: Watch, flight: InFlight) -> FastAPI:
     """The ASGI application over these collaborators."""

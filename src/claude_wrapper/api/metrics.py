@@ -13,23 +13,12 @@ from claude_wrapper.api.state import deps_of
 OPERATE: Final = "operate:server"
 
 _DIALECTS: Final = (
-    ("/v1/messages/batches", "anthropic"),
     ("/v1/messages", "anthropic"),
     ("/v1/models", "anthropic"),
-    ("/v1/complete", "anthropic"),
-    ("/v1/chat", "openai"),
-    ("/v1/responses", "openai"),
-    ("/v1/embeddings", "openai"),
-    ("/openai", "openai"),
     ("/v1/organizations", "admin"),
     ("/v1/security", "operations"),
     ("/v1/pool", "operations"),
     ("/v1/", "sessions"),
-    ("/api/admin", "admin"),
-    ("/admin", "admin"),
-    ("/scim", "admin"),
-    ("/console", "console"),
-    ("/auth", "console"),
 )
 """The first beginning that fits a path decides."""
 

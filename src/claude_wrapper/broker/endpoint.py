@@ -62,7 +62,6 @@ class Endpoint:
         self._in_work = 0
         self._buffered = 0
         self._main_failed = False
-        self._last_error: UpstreamCall | None = None
         self._mcp: dict[str, McpServer] = {}
         self._mcp_requests: set[asyncio.Task[None]] = set()
 
@@ -72,11 +71,6 @@ class Endpoint:
     def binding(self) -> Binding | None:
         return self._binding
 
-    @property
-    def last_error(self) -> UpstreamCall | None:
-        """The last call of this turn that failed; None if none did, or a later main call succeeded."""
-        return self._last_error
-
     def bind(self, binding: Binding) -> None:
         """The slot works for `binding` from now on. Raises Conflict if it still works for somebody else."""
         if self._binding is not None and self._binding.org != binding.org:
@@ -84,7 +78,6 @@ class Endpoint:
         if self._binding is not None and self._binding.session != binding.session:
             self.unbind()  # nothing of one session (its calls, its MCP servers) goes on under the next
         self._binding = binding
-        self._last_error = None
 
     def unbind(self) -> None:
         """The slot works for nobody: calls in flight are cut, further ones are refused."""
@@ -108,7 +101,6 @@ class Endpoint:
         self._model = turn.model
         self._of_turn = []
         self._main_failed = False
-        self._last_error = None
 
     async def end(self) -> tuple[UpstreamCall, ...]:
         """The turn is over: cut what is in flight, return the turn's calls in order.
@@ -328,11 +320,5 @@ class Endpoint:
 
     def _note(self, exchange: Exchange, call: UpstreamCall) -> None:
         """A call is over; its books follow."""
-        if self._turn is None or exchange.order.turn is not self._turn:
-            return
-        if call.main:
+        if self._turn is not None and exchange.order.turn is self._turn and call.main:
             self._main_failed = call.error_type is not None
-        if call.error_type is not None:
-            self._last_error = call
-        elif call.main:
-            self._last_error = None

@@ -27,7 +27,7 @@ _CODES: Final = (
 )
 STATUSES: Final = tuple(str(code) for code in _CODES)
 """HTTP statuses that the server answers or meets; 499 is a caller who hung up."""
-DIALECTS: Final = ("anthropic", "openai", "sessions", "admin", "console", "operations")
+DIALECTS: Final = ("anthropic", "sessions", "admin", "operations")
 CLAIM_KINDS: Final = ("warm", "reused", "spare", "cold")
 CLAIM_FAILURES: Final = ("overloaded", "timeout", "draining", "spawn_failed", "foreign", "cancelled")
 PROCESS_STATES: Final = (

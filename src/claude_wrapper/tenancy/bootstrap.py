@@ -33,22 +33,24 @@ async def ensure_operator(
 ) -> Bootstrapped:
     """Make sure that the operator has a staff organisation and a live key; with `new_key`, make another one.
 
-    Safe to call at every start, by several replicas at once: a second call changes nothing.
+    Safe to call at every start, by several replicas at once: a second call changes nothing. An operator whose keys have
+    all ended gets a new one in the same organisation.
     """
     await one_at_a_time(tx, "operator")
     boss = operator()
-    live = (
-        sa.select(api_keys.c.id, api_keys.c.org_id)
+    now = scribe.now()
+    live = sa.and_(api_keys.c.status == "active", sa.or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now))
+    known = (
+        sa.select(api_keys.c.id, api_keys.c.org_id, live.label("live"))
         .join(organizations, organizations.c.id == api_keys.c.org_id)
-        .where(api_keys.c.is_operator, api_keys.c.status == "active", organizations.c.deleted_at.is_(None))
-        .where(sa.or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > scribe.now()))
-        .order_by(api_keys.c.created_at, api_keys.c.id)
+        .where(api_keys.c.is_operator, organizations.c.deleted_at.is_(None))
+        .order_by(sa.desc("live"), api_keys.c.created_at, api_keys.c.id)
         .limit(1)
     )
-    row = (await tx.execute(live)).first()
+    row = (await tx.execute(known)).first()
     if row is not None:
         inside = boss.acting_in(row.org_id)
-        if not new_key:
+        if row.live and not new_key:
             return Bootstrapped(await get_organization(tx, inside), row.id)
     else:
         inside = boss.acting_in((await create_organization(tx, boss, scribe, name, is_staff=True)).id)

@@ -31,8 +31,6 @@ MAX_CACHED: Final = 10_000
 """Askers whose credentials are remembered, as ciphertext: about 1 KB each."""
 CACHE_SECONDS: Final = 30.0
 """How long a change made by another replica may go unseen if its announcement is lost."""
-LEASE_SECONDS: Final = 300.0
-"""A leased credential is not used beyond this: ask again, it costs microseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +48,6 @@ class Leased:
     further: Mapping[str, str] = field(default_factory=dict, repr=False)
     """The other secret fields (Bedrock's access key id and session token)."""
     expires_at: datetime | None = None
-    valid_until: float = float("inf")
-    """On the monotonic clock: lease again after it."""
     version: int = 0
 
     @property
@@ -249,7 +245,6 @@ class Resolver:
             secret=main,
             further={name: value for name, value in secret.items() if value != main},
             expires_at=view.expires_at,
-            valid_until=self._clock.monotonic() + LEASE_SECONDS,
             version=view.version,
         )
 
@@ -262,7 +257,6 @@ class Resolver:
             base_url=own.base_url,
             config={},
             secret=own.secret,
-            valid_until=self._clock.monotonic() + LEASE_SECONDS,
         )
 
 

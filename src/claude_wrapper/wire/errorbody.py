@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
 TYPE_OF_STATUS: Mapping[int, str] = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -60,10 +58,3 @@ def error_object(
     error["code"] = (details or {}).get("error_code")
     error["param"] = (details or {}).get("field")
     return {"type": "error", "error": error, "request_id": request_id}
-
-
-def error_body(
-    error_type: str, message: str, request_id: str | None, details: Mapping[str, Any] | None = None
-) -> bytes:
-    """The JSON body of an error answer."""
-    return msgspec.json.encode(error_object(error_type, message, request_id, details))

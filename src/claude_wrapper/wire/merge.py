@@ -98,7 +98,6 @@ class MessageMerger:
         self._visible = frozenset(visible_tools)
         self._structured = structured
         self._end_at = frozenset(end_at)
-        self._stop_given: Mapping[str, Any] | None = None
         self._usage = Usage()  # of the finished model requests
         self._request = Usage()  # of the one that runs
         self._requests = 0
@@ -117,22 +116,6 @@ class MessageMerger:
     def usage(self) -> Usage:
         """Sum over the model requests so far, as the process tells it (the ledger trusts only the broker)."""
         return self._usage + self._request
-
-    def override_stop(self, stop: Mapping[str, Any]) -> None:
-        """What upstream really said (`stop_reason`, `stop_sequence`, `stop_details`), where the CLI was told less."""
-        self._stop_given = stop
-
-    def end_for_client_tools(self) -> list[bytes]:
-        """End the message because the CLI now waits for the API client.
-
-        A streamed request ends by itself. One that the CLI repeated without streaming does not say which block is the
-        last: call this when all of `client_calls` have arrived at the bridge. Gives nothing when already finished.
-        """
-        if self.finished or not self.client_calls:
-            return []
-        self.stop = {"stop_reason": "tool_use", "stop_sequence": None}
-        self._held = None
-        return self._end()
 
     def message(self) -> dict[str, Any]:
         """The whole message, as a non-streaming answer."""
@@ -355,9 +338,7 @@ class MessageMerger:
 
     def _end(self) -> list[bytes]:
         self.finished = True
-        untouched = self._held if self._requests == 1 and self._stop_given is None else None
-        if self._stop_given is not None:
-            self.stop = {"stop_reason": None, "stop_sequence": None, **self._stop_given}
+        untouched = self._held if self._requests == 1 else None
         if untouched is not None:
             return [b"event: message_delta\ndata: %b\n\n" % untouched, _MESSAGE_STOP]
         end = {"type": "message_delta", "delta": self.stop, "usage": self.usage.to_wire()}

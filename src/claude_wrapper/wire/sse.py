@@ -13,12 +13,6 @@ from claude_wrapper.errors import InvalidRequest, WrapperError
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 """Keep-alive for Anthropic clients; their parser drops it."""
 
-COMMENT_PING = b": ping\n\n"
-"""Keep-alive for OpenAI clients, which would read `event: ping` as a broken chunk."""
-
-DONE = b"data: [DONE]\n\n"
-"""The end mark of OpenAI chat streams."""
-
 MAX_EVENT_BYTES = 32 * 2**20
 """An event holds at most one content block, and a request body is at most 32 MB upstream."""
 

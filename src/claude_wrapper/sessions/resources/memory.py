@@ -161,13 +161,6 @@ async def list_memories(
     return Page(data, has_more=more, next_page=_cursor_after(page[-1]) if more else None)
 
 
-async def all_memories(tx: AsyncConnection, principal: Principal, store_id: str) -> list[Memory]:
-    """All memories of a store by path, contents included: to mount it. Needs `read:agents`; raises NotFound."""
-    await get_memory_store(tx, principal, store_id)
-    statement = sa.select(memories).where(owned(principal, memories), memories.c.store_id == store_id)
-    return sorted((_memory(row) for row in await tx.execute(statement)), key=lambda one: one.path)
-
-
 async def update_memory(
     tx: AsyncConnection,
     principal: Principal,
