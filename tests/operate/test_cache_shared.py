@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import sqlalchemy as sa
 
 from admin.admin_world import Admin, Reply
+from claude_wrapper.storage import Database, migrations
+from claude_wrapper.storage.tables.tenancy import organizations
 from claude_wrapper.storage.tables.usage import usage_calls
-from running_server import running
+from claude_wrapper.testing.upstream import ScriptedUpstream
+from replicas import replica
+from running_server import KEY, running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.real_cli]
 
@@ -72,3 +79,47 @@ async def test_answers_are_shared_while_both_want_it(reachable_tmp_path: Path) -
         assert all(row.saved_tokens > 0 and row.saved_micros > 0 for row in rows)
         async with server.http.get("/metrics") as response:
             assert 'cache_requests_total{cache="upstream",outcome="shared"} 2.0' in await response.text()
+
+
+async def test_on_two_replicas_a_name_that_is_taken_back_behind_their_backs_holds_at_once(
+    empty_postgres_url: str, redis_url: str, reachable_tmp_path: Path
+) -> None:
+    database = Database(empty_postgres_url)
+    await migrations.migrate(database)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(database.close)
+        upstream = await stack.enter_async_context(ScriptedUpstream())
+        settings = {"database_url": empty_postgres_url, "redis_url": redis_url, "upstream_private": True}
+        starting = (
+            stack.enter_async_context(replica(reachable_tmp_path / name, upstream, **settings)) for name in "ab"
+        )
+        first, second = await asyncio.gather(*starting)
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+
+        async def post(url: str, path: str, body: Any, key: str = KEY, **headers: str) -> tuple[Any, str | None]:
+            async with http.post(url + path, json=body, headers={"x-api-key": key, **headers}) as answer:
+                assert answer.status == 200, await answer.text()
+                return await answer.json(), answer.headers.get("cw-cache")
+
+        orgs, keys = [], []
+        for name in ("One", "Other"):
+            org = (await post(first.url, "/v1/organizations", {"name": name}))[0]["id"]
+            inside = {"cw-organization": org}
+            key = {"name": "owner", "role": "owner"}
+            keys.append((await post(first.url, "/v1/organizations/api_keys", key, **inside))[0]["secret"])
+            secret = {"kind": "custom", "name": "x", "secret": {"api_key": f"sk-{name}"}, "base_url": upstream.url}
+            await post(first.url, "/v1/organizations/credentials", secret, keys[-1])
+            orgs.append(org)
+        for other, key in zip(reversed(orgs), keys, strict=True):
+            await post(first.url, "/v1/organizations/policies", {"cache_share_with": [other]}, key)
+
+        async def ask(url: str, key: str) -> str | None:
+            body = {"model": "claude-sonnet-5-5", "max_tokens": 1024, "temperature": 0}
+            body["messages"] = [{"role": "user", "content": "[[say once]]"}]
+            return (await post(url, "/v1/messages", body, key, **{"cw-cache": "use"}))[1]
+
+        assert (await ask(first.url, keys[0]), upstream.count) == ("miss", 1)
+        assert (await ask(second.url, keys[1]), upstream.count) == ("hit", 1)
+        async with database.transaction() as tx:  # nobody is told: no announcement, and no replica that did it
+            await tx.execute(sa.update(organizations).where(organizations.c.id == orgs[0]).values(settings={}))
+        assert (await ask(second.url, keys[1]), upstream.count) == ("miss", 2)

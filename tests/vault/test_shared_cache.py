@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -336,6 +337,34 @@ async def test_without_the_database_nothing_is_shared(two: Two, monkeypatch: pyt
 
     monkeypatch.setattr(two.world.db, "read", away)
     assert await two.ours.ask(two.world.ours, b"ours") == (b"ours", Outcome.MISS)
+
+
+async def test_of_those_who_ask_at_once_one_looks_at_the_partners_and_one_asks_when_they_have_nothing() -> None:
+    class Counted(Named):
+        reads = 0
+
+        async def mutual(self, org: str) -> tuple[str, ...]:
+            self.reads += 1
+            await asyncio.sleep(0)
+            return await super().mutual(org)
+
+    clock, named, seen = HandClock(), Counted(A=("B",), B=("A",)), list[Outcome]()
+    store = MemoryStore(clock, Bounds())
+    inner = Cache("t", store, clock, watch=lambda _, outcome: seen.append(outcome), holder="r", lease_seconds=5)
+    cache = SealedCache(inner, Keys(), clock, named)  # type: ignore[arg-type]
+
+    async def together(org: str, value: bytes) -> set[bytes]:
+        async def compute() -> Computed:
+            return Computed(value)
+
+        asking = (cache.get_or_compute(org, KEY, TTL, compute, share=True) for _ in range(4))
+        return {found.value for found in await asyncio.gather(*asking)}
+
+    assert await together("B", b"theirs") == {b"theirs"}
+    assert await together("A", b"ours") == {b"theirs"}
+    assert named.reads == 2
+    assert seen == [Outcome.MISS, *[Outcome.JOINED] * 3, Outcome.SHARED, *[Outcome.JOINED] * 3]
+    assert not store._claims
 
 
 # What it costs others ---------------------------------------------------------------------------------------------------
