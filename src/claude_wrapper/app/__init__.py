@@ -66,6 +66,7 @@ from claude_wrapper.sessions.content.repositories import Cloning
 from claude_wrapper.sessions.conversations import Conversations
 from claude_wrapper.sessions.doors import Doors
 from claude_wrapper.sessions.eventlog import EventLog
+from claude_wrapper.sessions.grading import Grader
 from claude_wrapper.sessions.journal import Books
 from claude_wrapper.sessions.keeping import SnapshotKeeper
 from claude_wrapper.sessions.managed import ManagedSessions
@@ -296,6 +297,7 @@ async def running_server(
                 aliases=MODEL_ALIASES,
                 content=partial(SessionContent, books, resources, Cloning(data_dir / "clones", private)),
             ),
+            partial(Grader, books, resources, broker.ask),
             RunnerSettings(settings.turn_seconds, parked_seconds=600.0),
             tasks.spawn,
         )

@@ -7,7 +7,7 @@ session's calls.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
@@ -48,16 +48,14 @@ def require_own_calls(credential: Credential) -> None:
 
 
 async def ask(means: Means, binding: Binding, turn: TurnContext, body: Mapping[str, Any]) -> OwnAnswer:
-    """One request without `stream`. Raises PermissionDenied for an OAuth credential and a model that is not allowed.
+    """One request without `stream`. Raises PermissionDenied for an OAuth credential.
 
     Whatever else goes wrong is told in the answer's `call`. Cancelling it cuts the call, which is recorded all the same.
     """
     require_own_calls(binding.credential)
     asked = bodies.read(msgspec.json.encode(body))
-    if binding.allowed_models is not None and asked.model not in binding.allowed_models:
-        raise PermissionDenied(f"the model {asked.model[:100]!r} is not allowed here")
     order = Order(
-        replace(binding, credential=_without_oauth(binding.credential)),
+        binding,
         turn,
         _ROUTE,
         "POST",
@@ -76,14 +74,6 @@ async def ask(means: Means, binding: Binding, turn: TurnContext, body: Mapping[s
     if exchange.call is None:
         raise AssertionError("a call that has run has come to something")
     return OwnAnswer(exchange.call, bytes(answer.body))
-
-
-def _without_oauth(credential: Credential) -> Credential:
-    standby = credential.standby
-    if standby is None:
-        return credential
-    keys = tuple(one for one in standby.credentials if one.kind is not CredentialKind.OAUTH)
-    return replace(credential, standby=replace(standby, credentials=keys))
 
 
 class _Gathered:

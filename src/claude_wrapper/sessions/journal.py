@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -24,6 +25,7 @@ from claude_wrapper.sessions.budgets import BUDGET_REACHED, reached, require_bud
 from claude_wrapper.sessions.conversation import Conversation
 from claude_wrapper.sessions.eventlog import EventLog, InFlight, Mark, MovedOn, Stored, answering
 from claude_wrapper.sessions.mcpservers import shown_names
+from claude_wrapper.sessions.outcomes import interrupted, more_to_do
 from claude_wrapper.sessions.ownership import Ownership
 from claude_wrapper.sessions.records import CallRow, Session
 from claude_wrapper.sessions.spec import Message, TurnEnd, TurnInput
@@ -34,7 +36,7 @@ from claude_wrapper.sessions.writebehind import Entry, WriteBehind
 from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.state import SharedState
 from claude_wrapper.tenancy.principal import Principal
-from claude_wrapper.wire.managed import EXHAUSTED, Output, TurnTranslator, error_event
+from claude_wrapper.wire.managed import END_TURN, EXHAUSTED, Output, TurnTranslator, error_event
 from claude_wrapper.wire.managed_mcp import McpStatus
 from claude_wrapper.wire.streamjson import Frame
 
@@ -42,6 +44,8 @@ log = structlog.get_logger(__name__)
 
 TURN_EVENTS: Final = ("user.message", "user.define_outcome")
 """Events of the client that a turn answers."""
+Marking = Callable[[AsyncConnection], Awaitable[Mapping[str, Any]]]
+"""Within a transaction → columns of the session that are set by it."""
 _CATCH_UP_SECONDS: Final = 2.0
 
 
@@ -134,6 +138,8 @@ class SessionJournal:
         self.decide = decide
         self.taking: Sequence[Stored] = ()
         """The client's events that the next turn answers."""
+        self.marking: Marking | None = None
+        """Further columns of the session that the next turn's beginning sets."""
         self.interrupted = False
         """The client ended the running turn."""
         self.attempt = 1
@@ -183,7 +189,7 @@ class SessionJournal:
             await cleanup.enter_async_context(answering(books.state, inflight, session))
             kept, self._kept = self._kept if turn_input.replay is None else None, None
             known: Sequence[CallRow] = ()
-            if kept is not None and (kept.session or self.session).budget is None:
+            if kept is not None and self.marking is None and (kept.session or self.session).budget is None:
                 opening = self._opening(turn_input, kept.messages)
                 stored, mark = await books.db.write(opening.write)
             else:
@@ -194,7 +200,8 @@ class SessionJournal:
                         known = await records.calls_of(tx, self._principal, session)
                     else:
                         messages = kept.messages
-                    opening = self._opening(turn_input, messages)
+                    marks = {} if self.marking is None else await self.marking(tx)
+                    opening = self._opening(turn_input, messages, marks)
                     stored, mark = await tx.run_sync(opening.write)
             recorder, start = opening.recorder, opening.start
             if not turn_input.durable:
@@ -214,7 +221,11 @@ class SessionJournal:
             cleanup = cleanup.pop_all()
             opened = {one.tool_use_id for one in known if one.kind != "tool" and one.answered_at is None}
             self._idle.clear()
-            alone = kept is not None and mark == Mark(kept.mark.seq + len(stored), kept.mark.version + 1)
+            alone = (
+                kept is not None
+                and self.marking is None
+                and mark == Mark(kept.mark.seq + len(stored), kept.mark.version + 1)
+            )
             self._turn = turn = _Turn(
                 translator=translator,
                 recorder=recorder,
@@ -234,12 +245,14 @@ class SessionJournal:
                 told=asyncio.Event(),
                 called=bool(known),
             )
-            self.taking, self.interrupted = (), False
+            self.taking, self.marking, self.interrupted = (), None, False
             self.attempt = 1
         return turn_input
 
-    def _opening(self, turn_input: TurnInput, messages: Sequence[Message]) -> _Opening:
-        """What the beginning of a turn writes, after these messages."""
+    def _opening(
+        self, turn_input: TurnInput, messages: Sequence[Message], marks: Mapping[str, Any] = MappingProxyType({})
+    ) -> _Opening:
+        """What the beginning of a turn writes, after these messages; `marks`: further columns of the session."""
         recorder, start = Recorder(list(messages)), len(messages) - 1
         events: list[dict[str, Any]] = []
         if not turn_input.durable:
@@ -248,7 +261,7 @@ class SessionJournal:
             start = recorder.user(turn_input.content)
             events += self.running_events()
         running = {"start": start, "durable": turn_input.durable, "attempt": self.attempt}
-        changes = {"status": records.RUNNING, "stop_reason": None, "turn": running}
+        changes = {"status": records.RUNNING, "stop_reason": None, "turn": running, **marks}
         said = {start: recorder.messages[start]} if turn_input.replay is None else {}
         write = self._note(events, changes, said)
         taking, now = self.taking, self._books.clock.now()
@@ -538,6 +551,10 @@ class SessionJournal:
             # What is queued waits until the budget is raised.
             outcome, queued = replace(outcome, stop_reason=BUDGET_REACHED), False
         events: list[dict[str, Any]] = []
+        if self.interrupted:
+            values["outcomes"], events = interrupted(session.outcomes, self._books.clock.now())
+        elif outcome.stop_reason == END_TURN and more_to_do(session.outcomes):
+            queued = True
         if outcome.error is not None:
             events.append({"type": "session.error", "error": dict(outcome.error)})
         if queued:
@@ -607,7 +624,8 @@ def _grown(turn: _Turn, run: Sequence[Entry]) -> dict[int, Message]:
 
 
 def _after(session: Session, values: Mapping[str, Any]) -> Session:
-    return replace(session, usage=values["usage"], active_ms=values["active_ms"])
+    outcomes = values.get("outcomes", session.outcomes)
+    return replace(session, usage=values["usage"], active_ms=values["active_ms"], outcomes=outcomes)
 
 
 async def _show(turn: _Turn, outputs: Sequence[Output]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Final
 
@@ -30,7 +31,9 @@ from claude_wrapper.sessions.askers import acting, asking, noted
 from claude_wrapper.sessions.budgets import require_budget
 from claude_wrapper.sessions.doors import Doors
 from claude_wrapper.sessions.eventlog import Stored
+from claude_wrapper.sessions.grading import Grader
 from claude_wrapper.sessions.journal import TURN_EVENTS, Books
+from claude_wrapper.sessions.outcomes import defined, interrupted
 from claude_wrapper.sessions.ownership import BEATS
 from claude_wrapper.sessions.records import CallRow, Filter, Session
 from claude_wrapper.sessions.resources.definitions import overridden
@@ -64,12 +67,14 @@ class ManagedSessions:
         self,
         books: Books,
         doors: Doors,
+        grader: Callable[[Doors], Grader],
         settings: RunnerSettings,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
-        """`spawn` starts a task and keeps a reference to it."""
+        """`grader` makes the grader of these sessions; `spawn` starts a task and keeps a reference to it."""
         self.books = books
         self.doors = doors
+        self._grader = grader(doors)
         self._settings = settings
         self._spawn = spawn
         self._runners: dict[str, Runner] = {}
@@ -91,9 +96,10 @@ class ManagedSessions:
         _require_model(principal, new.agent)
         books = self.books
         now = books.clock.now()
+        initial = await self._grader.accept(principal, new.initial_events, field="initial_events")
         session_id, thread = books.ids.new(SESSION), books.ids.new("sthr")
         async with books.db.transaction() as tx:
-            asker = noted(principal) if new.initial_events else None
+            asker = noted(principal) if initial else None
             await records.insert_session(tx, {**new.row(principal, session_id, thread, now), "asker": asker})
             session = await records.get_session(tx, principal, session_id)
             await note_thread(tx, principal, session, thread, name=session.agent_name, status=records.IDLE, now=now)
@@ -102,7 +108,10 @@ class ManagedSessions:
                 # Listed by age: a moment apart, they stay in the order in which they were given.
                 later = now + timedelta(microseconds=at)
                 await mounts.add(tx, principal, session_id, one, now=later)
-            stored = await books.log.write(tx, principal, session_id, new.initial_events, queued=True)
+            stored = await books.log.write(tx, principal, session_id, initial, queued=True)
+            if outcomes := defined(stored):
+                await records.change_session(tx, principal, session_id, outcomes=outcomes)
+                session = replace(session, outcomes=outcomes)
             queued = await enqueue(tx, principal, session, now=now, new_id=books.ids.new)
         if queued:
             await self._call_workers(session)
@@ -155,11 +164,12 @@ class ManagedSessions:
             present = await records.get_session(tx, principal, session, lock=True)
             stored: list[Stored] = []
             if present.archived_at is None:
-                values = {"archived_at": now, "status": records.TERMINATED, "stop_reason": None}
+                outcomes, events = interrupted(present.outcomes, now)
+                values = {"archived_at": now, "status": records.TERMINATED, "stop_reason": None, "outcomes": outcomes}
                 await records.change_session(tx, principal, session, **values)
                 await records.cancel_calls(tx, principal, session, now)
                 thread = {"session_thread_id": present.thread_id, "agent_name": present.agent_name}
-                events = [
+                events += [
                     {"type": "session.thread_status_terminated", **thread},
                     {"type": "session.status_terminated"},
                 ]
@@ -196,6 +206,7 @@ class ManagedSessions:
         """
         principal.require(WRITE)
         books = self.books
+        events = await self._grader.accept(principal, events, field="events")
         async with books.db.transaction() as tx:
             present = await records.get_session(tx, principal, session, lock=True)
             _require_open(present)
@@ -244,6 +255,8 @@ class ManagedSessions:
                 event = await self._answer(tx, principal, session, event, field)
             event = {"id": books.ids.new(EVENT), **event}
             stored += await books.log.write(tx, principal, session.id, [event], queued=queued)
+        if outcomes := defined(stored):
+            await records.change_session(tx, principal, session.id, outcomes=[*session.outcomes, *outcomes])
         if any(event["type"] in _ANSWERS for event in events):
             stored += await self._after_answers(tx, principal, session)
         return stored
@@ -356,7 +369,9 @@ class ManagedSessions:
             runner.principal = principal
             runner.wake()
             return runner.task
-        runner = self._runners[session] = Runner(self.books, self.doors, self._settings, session, principal)
+        runner = self._runners[session] = Runner(
+            self.books, self.doors, self._settings, session, principal, grader=self._grader
+        )
         task = runner.task = self._spawn(self._run(session, runner))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from claude_wrapper.errors import LeaseLost, NotFound
 from claude_wrapper.sessions.budgets import usage_to_wire
 from claude_wrapper.sessions.eventlog import rfc3339
+from claude_wrapper.sessions.outcomes import shown
 from claude_wrapper.sessions.spec import Message, Owner
 from claude_wrapper.storage.dialects import for_update, now_ms, upsert
 from claude_wrapper.storage.pagination import Page, PageRequest, fetch_page
@@ -120,7 +121,7 @@ class Session:
             "vault_ids": list(self.vault_ids),
             "resources": list(resources),
             "metadata": self.metadata,
-            "outcome_evaluations": list(self.outcomes),
+            "outcome_evaluations": [shown(one) for one in self.outcomes],
             "budget": self.budget,
             "deployment_id": None,
             "stats": {

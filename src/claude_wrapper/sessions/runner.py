@@ -20,14 +20,17 @@ from claude_wrapper.broker.calls import Credential, CredentialKind
 from claude_wrapper.errors import Conflict, HeldElsewhere, LeaseLost, NotFound, WrapperError
 from claude_wrapper.sessions import records
 from claude_wrapper.sessions.agentspec import ASK, DENY, Setup
-from claude_wrapper.sessions.budgets import reached
+from claude_wrapper.sessions.budgets import BUDGET_REACHED, reached
 from claude_wrapper.sessions.conversation import Conversation
+from claude_wrapper.sessions.evaluation import Evaluation, content_of, marking
 from claude_wrapper.sessions.eventlog import Stored
+from claude_wrapper.sessions.grading import Grader
 from claude_wrapper.sessions.journal import TURN_EVENTS, Books, SessionJournal
 from claude_wrapper.sessions.leg import Leg
+from claude_wrapper.sessions.outcomes import DEFINED, Step, interrupted, more_to_do, next_step, refused
 from claude_wrapper.sessions.records import CallRow, Session
 from claude_wrapper.sessions.spec import Message, OnDisconnect, TurnInput
-from claude_wrapper.sessions.takeover import MAX_ATTEMPTS, UNSURE, Continuation, How, continuation
+from claude_wrapper.sessions.takeover import MAX_ATTEMPTS, UNSURE, Continuation, How, continuation, known_result
 from claude_wrapper.sessions.transcript import Resumption, client_view, next_turn, resumption
 from claude_wrapper.tenancy.principal import Principal
 from claude_wrapper.wire.managed import END_TURN, EXHAUSTED, error_event
@@ -38,7 +41,6 @@ log = structlog.get_logger(__name__)
 INTERRUPTS: Final = ("user.interrupt",)
 _WRITTEN_SECONDS: Final = 2.0
 _WRITTEN_PAUSE: Final = 0.01
-_RAN: Final = "This call ran before the session was moved to another process. Its result was:\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +80,16 @@ class Host(Protocol):
 class Runner:
     """One session's turns. `wake` whenever something was written for it."""
 
-    def __init__(self, books: Books, host: Host, settings: RunnerSettings, session: str, principal: Principal) -> None:
+    def __init__(
+        self, books: Books, host: Host, settings: RunnerSettings, session: str, principal: Principal, *, grader: Grader
+    ) -> None:
         """`principal` is who asked: the turns are theirs, and so is the upstream credential."""
         self.principal = principal
         self.task: asyncio.Task[None] | None = None
         """What runs it."""
         self._books = books
         self._host = host
+        self._grader = grader
         self._settings = settings
         self._session = session
         self._woken = asyncio.Event()
@@ -153,20 +158,32 @@ class Runner:
                 await self._interrupt(conversation, journal, interrupts)
             return False  # a turn of the other door; its journal wakes us
         if interrupts:
-            await self._interrupt_idle(session, journal, interrupts)
+            await self._interrupt_idle(journal, interrupts)
             return True
         if session.awaited:
             return False
         if session.status == records.RUNNING and await self._go_on(session, journal, conversation, calls):
             return True
+        return await self._work(session, journal, conversation, queue)
+
+    async def _work(
+        self, session: Session, journal: SessionJournal, conversation: Conversation, queue: Sequence[Stored]
+    ) -> bool:
+        """Begin something new: a turn, or an evaluation; False when there is nothing."""
         queue = [one for one in queue if one.type in TURN_EVENTS or queue[0].type in TURN_EVENTS]
-        if not queue:
+        goes_on = session.status == records.RUNNING or session.stop_reason == BUDGET_REACHED
+        step = next_step(session.outcomes, [one.type for one in queue], goes_on=goes_on)
+        if step is Step.REST:
             if session.status == records.RUNNING:
                 await self._lost(journal)
             return False
         if reached(session.budget, session.usage):
             return False  # until it is raised
-        await self._next(session, journal, conversation, queue)
+        if step is Step.EVALUATE:
+            judging = Evaluation(self._books, self._grader, journal, self.principal)
+            await judging.run(session, self._woken, lambda: self._closing)
+        else:
+            await self._next(session, journal, conversation, queue if step is Step.TURN else ())
         return True
 
     async def _next(
@@ -176,15 +193,13 @@ class Runner:
         conversation: Conversation,
         queue: Sequence[Stored],
     ) -> None:
-        """Answer the first message of the queue, with the system message that came with it."""
-        taken = [queue[0]]
-        if len(queue) > 1 and queue[1].type == "system.message":
-            taken.append(queue[1])
+        """Answer the first message of the queue, with the system message that came with it; without a queue, tell the
+        agent what the grader said."""
+        taken = list(queue[:2] if len(queue) > 1 and queue[1].type == "system.message" else queue[:1])
         async with self._books.db.read() as tx:
             messages = await records.load_messages(tx, self.principal, self._session)
-        content = [block for one in taken for block in _content_of(one.json())]
-        asked = next_turn(messages, content)
-        journal.taking = taken
+        asked = next_turn(messages, content_of(session, taken))
+        journal.taking, journal.marking = taken, marking(self._books, self.principal, self._session, taken)
         await self._turn(session, journal, conversation, content=asked.content, past=asked.history)
 
     async def _go_on(
@@ -252,7 +267,7 @@ class Runner:
             waiting = await books.log.queued(tx, principal, self._session, TURN_EVENTS)
             values: dict[str, Any] = {"status": records.RUNNING, "stop_reason": None, "turn": None}
             events: list[dict[str, Any]] = []
-            if not waiting:
+            if not waiting and not more_to_do(session.outcomes):
                 values |= {"status": records.IDLE, "stop_reason": dict(END_TURN)}
                 usage = {"type": "session.usage", "usage": session.usage, "budget": session.budget}
                 events = [usage, *journal.idle_events(END_TURN)]
@@ -426,7 +441,7 @@ class Runner:
         async def approve(request: dict[str, Any]) -> dict[str, Any]:
             tool_use_id, name = str(request.get("tool_use_id")), str(request.get("tool_name"))
             if tool_use_id in self._ran:
-                return {"behavior": "deny", "message": _RAN + _text_of(self._ran[tool_use_id])}
+                return {"behavior": "deny", "message": known_result(self._ran[tool_use_id])}
             if tool_use_id in self._unsure:
                 return {"behavior": "deny", "message": UNSURE}
             verdict = made.decide(name, request.get("input"))
@@ -476,21 +491,20 @@ class Runner:
         with contextlib.suppress(WrapperError):
             await conversation.interrupt()
 
-    async def _interrupt_idle(self, session: Session, journal: SessionJournal, interrupts: Sequence[Stored]) -> None:
+    async def _interrupt_idle(self, journal: SessionJournal, interrupts: Sequence[Stored]) -> None:
         """Nothing runs here: an interrupt only ends the wait for the client's answers, or the turn of a dead server."""
         books = self._books
         stored: list[Stored] = []
-        events: list[dict[str, Any]] = []
         async with books.db.transaction() as tx:
-            await records.guard(tx, self.principal, self._session, journal.fence)
+            session = await records.get_held(tx, self.principal, self._session, journal.fence)
             await books.log.processed(tx, self.principal, self._session, interrupts)
-            if session.awaited or session.turn is not None:
+            outcomes, events = interrupted(session.outcomes, books.clock.now())
+            if session.awaited or session.turn is not None or more_to_do(session.outcomes):
                 if (unfinished := await books.log.unfinished(tx, self.principal, self._session)) is not None:
                     events.append(unfinished.end)
                 events += await records.cancel_calls(tx, self.principal, self._session, books.clock.now())
-                await records.change_session(
-                    tx, self.principal, self._session, status=records.IDLE, stop_reason=dict(END_TURN), turn=None
-                )
+                idle = {"status": records.IDLE, "stop_reason": dict(END_TURN), "turn": None, "outcomes": outcomes}
+                await records.change_session(tx, self.principal, self._session, **idle)
                 events += journal.idle_events(END_TURN)
                 stored = await books.log.write(tx, self.principal, self._session, events, fence=journal.fence)
         await books.log.publish(self._session, stored)
@@ -520,9 +534,12 @@ class Runner:
         """The turn cannot be run at all: its message is answered with the error."""
         books = self._books
         async with books.db.transaction() as tx:
-            await records.guard(tx, self.principal, self._session, journal.fence)
+            session = await records.get_held(tx, self.principal, self._session, journal.fence)
             await books.log.processed(tx, self.principal, self._session, journal.taking)
-        journal.taking = ()
+            seqs = [one.seq for one in journal.taking if one.type == DEFINED]
+            failed = refused(session.outcomes, seqs, error.message, books.clock.now())
+            await records.change_session(tx, self.principal, self._session, outcomes=failed)
+        journal.taking, journal.marking = (), None
         await self._close(journal, error_event("unknown_error", error.message))
 
     async def _close(self, journal: SessionJournal, error: Mapping[str, Any]) -> None:
@@ -537,20 +554,3 @@ class Runner:
                 tx, self.principal, self._session, [*cancelled, *events], fence=journal.fence
             )
         await books.log.publish(self._session, stored)
-
-
-def _content_of(event: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a client's event says to the model."""
-    content: list[dict[str, Any]] = list(event.get("content") or ())
-    if event["type"] == "system.message":
-        text = "\n".join(str(block.get("text", "")) for block in content)
-        return [{"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}]
-    if event["type"] == "user.define_outcome":
-        rubric = event["rubric"]
-        asked = rubric.get("content") or f"(the file {rubric.get('file_id')})"
-        return [{"type": "text", "text": f"{event['description']}\n\nThe result is judged by:\n{asked}"}]
-    return content
-
-
-def _text_of(output: Mapping[str, Any]) -> str:
-    return "\n".join(str(block.get("text", block)) for block in output.get("content", ()))

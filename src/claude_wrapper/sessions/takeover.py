@@ -27,6 +27,9 @@ UNSURE: Final = (
 )
 
 
+_RAN: Final = "This call ran before the session was moved to another process. Its result was:\n"
+
+
 class How(enum.StrEnum):
     """What is done with the turn."""
 
@@ -96,6 +99,11 @@ def continuation(messages: Sequence[Message], calls: Sequence[CallView], *, text
     if any(call not in results or (call in known and call not in outputs) for call in asked):
         return _replay(kept, at - 1, calls, None)
     return Continuation(How.AGAIN, at, None, tuple(kept[:at]), kept[at].content)
+
+
+def known_result(output: Mapping[str, Any]) -> str:
+    """What the model is told instead of running a call again that has run."""
+    return _RAN + "\n".join(str(block.get("text", block)) for block in output.get("content", ()))
 
 
 def _replay(messages: Sequence[Message], at: int, calls: Sequence[CallView], last: Message | None) -> Continuation:

@@ -147,8 +147,8 @@ def _outcome(event: dict[str, Any], field: str) -> None:
         raise InvalidRequest("must be an object of type text or file", field=f"{field}.rubric")
     name = "content" if rubric["type"] == "text" else "file_id"
     _text(rubric, name, f"{field}.rubric", most=MAX_RUBRIC)
-    most = event.get("max_iterations", 3)
-    if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= MAX_ITERATIONS:
+    most = event.get("max_iterations")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= MAX_ITERATIONS):
         raise InvalidRequest(f"must be from 1 to {MAX_ITERATIONS}", field=f"{field}.max_iterations")
 
 
