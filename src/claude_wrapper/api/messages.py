@@ -20,7 +20,7 @@ from claude_wrapper.api.translate import Translated, owner_of, pooled_turn, turn
 from claude_wrapper.errors import AuthenticationFailed, InvalidRequest, WrapperError
 from claude_wrapper.limits import Admitted, Facts
 from claude_wrapper.sessions.conversation import Conversation
-from claude_wrapper.sessions.leg import Leg, Started
+from claude_wrapper.sessions.leg import Leg
 from claude_wrapper.tenancy.principal import Principal
 from claude_wrapper.wire import sse as wire_sse
 from claude_wrapper.wire.messages import MessagesRequest, parse_messages_request
@@ -39,14 +39,14 @@ async def _create_message(request: Request, deps: Deps, body: bytes) -> Response
     parsed = parse_messages_request(body, max_tokens_required=False)
     if parsed.max_tokens is None and parsed.oauth_credentials is None:
         raise InvalidRequest("is required", field="max_tokens")
-    leg, started = await _submit(request, deps, parsed, await _translate(request, deps, parsed))
+    leg = await _submit(request, deps, parsed, await _translate(request, deps, parsed))
     if not parsed.stream:
         message = await _unless_gone(request, leg, leg.message())
-        return Response(msgspec.json.encode(message), media_type="application/json", headers=_headers(leg, started))
+        return Response(msgspec.json.encode(message), media_type="application/json", headers=_headers(leg))
     frames = _merged(leg, errors.request_id_of(request))
     # An error before the first byte is an HTTP status, not an event.
     first = await _unless_gone(request, leg, anext(frames, b""))
-    return sse.EventStream(_after(first, frames), headers=_headers(leg, started))
+    return sse.EventStream(_after(first, frames), headers=_headers(leg))
 
 
 async def create_message_pooled(request: Request) -> Response:
@@ -59,10 +59,10 @@ async def create_message_pooled(request: Request) -> Response:
 async def _create_pooled(request: Request, deps: Deps, body: bytes) -> Response:
     parsed = parse_messages_request(with_roles(body), max_tokens_required=False)
     translated = pooled_turn(await _translate(request, deps, parsed))
-    leg, started = await _submit(request, deps, parsed, translated)
+    leg = await _submit(request, deps, parsed, translated)
     frames = _raw(leg, errors.request_id_of(request))
     first = await _unless_gone(request, leg, anext(frames, b""))
-    return sse.EventStream(_after(first, frames), headers=_headers(leg, started))
+    return sse.EventStream(_after(first, frames), headers=_headers(leg))
 
 
 async def _translate(request: Request, deps: Deps, parsed: MessagesRequest) -> Translated:
@@ -112,7 +112,7 @@ async def _principal(request: Request, deps: Deps, parsed: MessagesRequest) -> P
     return principal
 
 
-async def _submit(request: Request, deps: Deps, parsed: MessagesRequest, translated: Translated) -> tuple[Leg, Started]:
+async def _submit(request: Request, deps: Deps, parsed: MessagesRequest, translated: Translated) -> Leg:
     deps.refuse_when_draining()
     deps.refuse_while_shut(translated.turn.credential)
     if parsed.session_id is not None and translated.thread is None:
@@ -126,7 +126,7 @@ async def _submit(request: Request, deps: Deps, parsed: MessagesRequest, transla
         await admitted.__aexit__(None, None, None)
         raise
     deps.spawn(_hold(admitted, leg))
-    return leg, await _unless_gone(request, leg, leg.started)
+    return leg
 
 
 async def _hold(admitted: Admitted, leg: Leg) -> None:
@@ -159,9 +159,10 @@ async def _unless_gone(request: Request, leg: Leg, answer: Awaitable[T]) -> T:
         leg.hang_up()
         raise
     finally:
-        for task in (answering, gone):
-            task.cancel()
-        await asyncio.gather(answering, gone, return_exceptions=True)
+        gone.cancel()
+        if not answering.done():
+            answering.cancel()
+            await asyncio.gather(answering, gone, return_exceptions=True)
 
 
 async def _merged(leg: Leg, request_id: str) -> AsyncIterator[bytes]:
@@ -221,7 +222,9 @@ def with_roles(body: bytes) -> bytes:
     return msgspec.json.encode(content)
 
 
-def _headers(leg: Leg, started: Started) -> dict[str, str]:
+def _headers(leg: Leg) -> dict[str, str]:
+    """Once the answer has begun."""
+    started = leg.started.result()
     return {
         **leg.notes,
         "cw-session-id": started.session,

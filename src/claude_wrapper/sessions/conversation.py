@@ -495,8 +495,8 @@ class Conversation:
             await running.parked.wait()
         leg = running.leg
         events = leg.merger.feed(frame)
-        self._watch.frame(frame, events)
         await leg.put(Item(frame, events))
+        self._watch.frame(frame, events)
         merger = leg.merger
         if not merger.finished or running.parked is not None or running.cut or merger.failure is not None:
             return
@@ -504,6 +504,7 @@ class Conversation:
             if not running.interrupted:
                 running.done = True
                 self._settle(leg)
+                await asyncio.sleep(0)  # the caller gets the end of its answer before the process is given back
         elif merger.client_calls:
             self._park(running)
         else:
