@@ -21,6 +21,7 @@ MODEL: Final = "claude-sonnet-5-5"
 TURN_SECONDS: Final = 45
 TOOL: Final = {"name": "look", "description": "Looks.", "input_schema": {"type": "object"}}
 _HANG_UP_AFTER: Final = 10
+_EVENTS_TOLD: Final = 20
 
 
 @dataclass(eq=False)
@@ -138,8 +139,10 @@ class _Answer:
 
 async def _read_stream(response: aiohttp.ClientResponse, *, hang_up: bool) -> tuple[str, str, str]:
     decoder, parts, how, detail = SSEDecoder(), list[str](), "lost", ""
+    kinds: list[str] = []
     async for chunk in response.content.iter_any():
         for event in decoder.feed(chunk):
+            kinds.append(str(event.event))
             if event.event == "content_block_delta":
                 parts.append(msgspec.json.decode(event.data)["delta"].get("text", ""))
             elif event.event == "message_stop":
@@ -149,4 +152,4 @@ async def _read_stream(response: aiohttp.ClientResponse, *, hang_up: bool) -> tu
         if hang_up and len(parts) > _HANG_UP_AFTER:
             response.close()
             return "hung up", "".join(parts), ""
-    return how, "".join(parts), detail
+    return how, "".join(parts), detail or f"the events of the answer: {' '.join(kinds[:_EVENTS_TOLD])}"

@@ -15,6 +15,8 @@ from typing import Final
 
 _LISTENS: Final = re.compile(rb"listens on (http://\S+)")
 _START_SECONDS: Final = 60.0
+_PASSED_ON: Final = ("PATH", "HOME", "LANG", "PYTHONPATH")
+"""Variables that the server gets: it is to be the same program as this one, wherever that was imported from."""
 ADMIN_KEY: Final = "sk-cw-test-operator-key"
 
 
@@ -88,7 +90,7 @@ class Served:
             **self.settings,
         }
         env = {f"CLAUDE_WRAPPER_{name.upper()}": value for name, value in settings.items()}
-        env |= {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        env |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         return env | dict(self.environment)
 
     async def _listening(self, process: asyncio.subprocess.Process) -> str:
