@@ -170,6 +170,21 @@ async def test_a_holder_that_was_paused_past_its_lease_writes_nothing(world: Wor
         assert "session.error" not in [one.type for one in after_all]
 
 
+async def test_a_caller_of_a_holder_that_was_paused_past_its_lease_is_answered_by_the_new_one(world: World) -> None:
+    old, new = world.replicas
+    async with old.sdk() as before, new.sdk() as after:
+        await say_named(before, "remember the fig")
+        waiting = asyncio.ensure_future(say_named(before, "[[delay 300]] [[tokens 30]]"))
+        await world.upstream.wait_for(2)
+        old.signal(signal.SIGSTOP)
+        assert (await say_named(after, "[[say meanwhile]]")).text == "meanwhile", "taken when the lease is over"
+        old.signal(signal.SIGCONT)
+        async with asyncio.timeout(40):
+            assert (await waiting).text, "not cut short: it was said again where the session is now"
+        told = (await say_named(after, "[[recall]]")).text
+        assert [told.count(one) for one in ("remember the fig", "meanwhile", "tokens 30")] == [1, 1, 1]
+
+
 async def test_a_rolling_restart_under_load_fails_no_request(world: World) -> None:
     done: list[int] = []
     stop = asyncio.Event()

@@ -24,6 +24,7 @@ from claude_wrapper.errors import (
     Conflict,
     Draining,
     InvalidRequest,
+    LeaseLost,
     RateLimited,
     SpawnFailed,
     TurnInterrupted,
@@ -457,6 +458,9 @@ class Conversation:
         if running.interrupted and running.parked is not None:
             # Answered up to the tool calls, which nobody will answer: the process holds more than it should.
             return Keep.DISCARD, True
+        if error is None and running.suspended:
+            # Nobody ended it early, and what was said is nowhere written: it runs once, where the caller asks again.
+            error = LeaseLost(f"session {self.session} was taken over by another replica", retry_after=1)
         if error is None and running.interrupted and not leg.gone:
             self._settle(leg)  # ended early on purpose: what was said so far stands, here and in the process
             return Keep.SESSION, True
