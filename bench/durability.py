@@ -140,18 +140,22 @@ async def _together(
 async def coming_back(at: Scene, found: Findings) -> str:
     """The first text of a new conversation on a warm spare, and of one that was hibernated, in turn.
 
+    "Here" and "elsewhere" come back on a spare, which is told the past; "resumed" finds none and is started with --resume.
+
     All are named conversations of `/v1/messages` with the default tools, which the spares of agents are for. Returns a
     hibernated session of the server "elsewhere".
     """
     rounds = 2 if at.quick else 8
-    seen: dict[str, list[Reply]] = {"spare": [], "here": [], "elsewhere": []}
+    seen: dict[str, list[Reply]] = {"spare": [], "here": [], "elsewhere": [], "resumed": []}
     settings = {"spares": 0, "agent_spares": 1, "idle_seconds": 1, "sweep_seconds": 0.2}
     starting = {
         # With as many processes as spares nothing is started while the new conversation's answer runs.
         "spare": at.server("spare", **settings | {"max_processes": 1}),
         "here": at.server("here", **settings),
         "elsewhere": at.server("elsewhere", **settings, kept_seconds=1),
+        "resumed": at.server("resumed", **settings | {"agent_spares": 0}),
     }
+    wanted = {"spare": 1, "here": 2, "elsewhere": 2, "resumed": 0}
     async with AsyncExitStack() as stack:
         servers = await stack.enter_async_context(_together(starting))
         found.raw["sandbox"] = servers["here"].sandbox
@@ -160,7 +164,7 @@ async def coming_back(at: Scene, found: Findings) -> str:
         def conversation(name: str, number: int = 0) -> Conversation:
             return Conversation(connections[name], session=f"bench-{number}", agent={"tools": "default"})
 
-        returning = {name: conversation(name) for name in ("here", "elsewhere")}
+        returning = {name: conversation(name) for name in seen if name != "spare"}
         for one in returning.values():
             await one.ask(_WRITE, expect="Tool said: written")
 
@@ -171,7 +175,8 @@ async def coming_back(at: Scene, found: Findings) -> str:
                 while True:
                     stats = await connections[name].get("/v1/pool/stats")
                     gone = name != "elsewhere" or not any(kept.iterdir())
-                    if gone and not stats["active_users"] and stats["spares"].get("agent"):
+                    spares = stats["spares"].get("agent", 0)  # one of these tools, and of a session's where there is room
+                    if gone and not stats["active_users"] and spares >= wanted[name]:
                         break
                     await asyncio.sleep(0.05)
             await calm([pid for one in servers.values() for pid in one.agents()], limit=2 if at.quick else 4)
@@ -180,21 +185,28 @@ async def coming_back(at: Scene, found: Findings) -> str:
             await rested(name)
             one = returning.get(name) or conversation(name, number)
             reply = await one.ask(f"good morning {number}")
-            if reply.kind != (expected := "spare" if name == "spare" else "cold"):
+            if reply.kind != (expected := "cold" if name == "resumed" else "spare"):
                 raise WrongAnswer(f"the answer came from a {reply.kind} process, not from a {expected} one")
             seen[name].append(reply)
 
         for number in range(rounds):
             names = list(seen)
-            for name in names[number % 3 :] + names[: number % 3]:
+            for name in names[number % len(names) :] + names[: number % len(names)]:
                 await ask(name, number)
             at.progress.step("coming back", number + 1, rounds)
         session = await _hibernated(servers["elsewhere"])
     firsts = {name: ms([reply.first for reply in replies]) for name, replies in seen.items()}
-    note = "floor: a new conversation on a warm spare; the hibernated one's CLI is started with --resume"
-    for name, how in (("here", "here"), ("elsewhere", "from its snapshot, as on another replica")):
+    told = (
+        f"floor: a new conversation on a warm spare; the hibernated one's past grows by a turn a round, to {rounds + 1}"
+    )
+    ways = {
+        "here": ("here, on a spare", 1.5, told),
+        "elsewhere": ("from its snapshot, as on another replica, on a spare", 1.5, told),
+        "resumed": ("here, when no spare waits", None, "the same floor; its CLI is started with --resume"),
+    }
+    for name, (how, target, note) in ways.items():
         title = f"first text of a hibernated agent {how}"
-        found.figures.append(Figure(title, "ms", firsts[name], firsts["spare"], Compare.RATIO, 1.5, note))
+        found.figures.append(Figure(title, "ms", firsts[name], firsts["spare"], Compare.RATIO, target, note))
     return session
 
 

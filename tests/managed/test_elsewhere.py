@@ -50,7 +50,7 @@ def resumed(server: Running, session: str) -> bool:
     """Whether the process that holds the session was started with --resume."""
     process = held(server, session).process
     assert process is not None
-    return process.adopted is not None and bool(process.adopted.uuid)
+    return process.resumes
 
 
 def printed(events: list[Any]) -> str:

@@ -60,11 +60,14 @@ class World:
         *,
         reuse_idle: bool = False,
         resume: Any = None,
+        resume_on_spare: bool = False,
         weight: int = 1,
     ) -> str:
         self._claims += 1
         claim = f"c{self._claims}"
-        self.requests[claim] = ClaimRequest(claim, session, org, principal, profile, reuse_idle, resume, weight)
+        self.requests[claim] = ClaimRequest(
+            claim, session, org, principal, profile, reuse_idle, resume, resume_on_spare, weight
+        )
         waiting = len(self.state.waiting)
         self.send(m.Asked(self.requests[claim]))
         assert len(self.state.waiting) <= max(waiting, self.state.settings.queue_length), "the queue is too long"
@@ -232,8 +235,16 @@ class World:
                 assert request.resume is None
             case Kind.SPARE | Kind.COLD:
                 assert slot not in self.owner, "a used process was handed over as a virgin one"
-                assert (grant.kind is Kind.COLD) >= (request.resume is not None)
-        assert grant.resume == (request.resume if grant.kind is Kind.COLD else None)
+                started = [
+                    one.id for one in self.state.slots.values() if one.spawned_for == grant.claim and one.dedicated
+                ]
+                assert started in ([], [slot]), "what is to be resumed is with another process that is being started"
+                if request.resume_on_spare:
+                    assert grant.resume == (request.resume if started else None)
+                else:
+                    assert (grant.kind is Kind.COLD) >= (request.resume is not None)
+        if not request.resume_on_spare:
+            assert grant.resume == (request.resume if grant.kind is Kind.COLD else None)
         self.granted[grant.claim] = grant
         self.grants.append(grant)
 

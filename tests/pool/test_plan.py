@@ -138,6 +138,27 @@ def test_special_launch_data_never_takes_a_spare_and_arrives_at_the_spawn() -> N
     assert (it.granted[claim].kind, it.granted[claim].resume) == (Kind.COLD, "transcript")
 
 
+def test_launch_data_that_can_be_given_later_takes_a_spare_that_waits() -> None:
+    it = world(spares={CHAT: 1})
+    it.settle()
+    claim = it.ask("s", resume="transcript", resume_on_spare=True)
+    assert (it.granted[claim].kind, it.granted[claim].resume) == (Kind.SPARE, None)
+
+
+def test_without_a_spare_a_process_is_started_with_it_and_no_spare_is_taken_meanwhile() -> None:
+    it = world(spares={CHAT: 1})
+    it.settle()
+    it.ask("other")
+    claim = it.ask("s", resume="transcript", resume_on_spare=True)
+    own = next(slot for slot, spawn in it.spawning.items() if spawn.resume is not None)
+    for slot in list(it.spawning):
+        if slot != own:
+            it.ready(slot)
+    assert claim not in it.granted
+    it.ready(own)
+    assert (it.granted[claim].kind, it.granted[claim].resume) == (Kind.COLD, "transcript")
+
+
 def test_a_process_with_special_launch_data_whose_claimer_is_gone_is_stopped() -> None:
     it = world(spares={})
     claim = it.ask("s", resume="transcript")

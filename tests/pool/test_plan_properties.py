@@ -140,6 +140,7 @@ class Interleavings(RuleBasedStateMachine):
         profile=st.sampled_from([CHAT, CHAT, AGENT]),
         reuse_idle=st.booleans(),
         resume=st.sampled_from([None, None, None, "transcript"]),
+        resume_on_spare=st.booleans(),
         weight=st.integers(1, 3),
     )
     def ask(self, org: str, session: int, **more: Any) -> None:
@@ -214,6 +215,7 @@ def test_every_promise_holds_on_a_long_walk(chosen: PoolSettings, seed: int, end
             profile=dice.choice([CHAT, CHAT, CHAT, AGENT]),
             reuse_idle=dice.random() < 0.3,
             resume="transcript" if dice.random() < 0.1 else None,
+            resume_on_spare=dice.random() < 0.5,
             weight=dice.randrange(1, 4),
         )
 

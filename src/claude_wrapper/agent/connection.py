@@ -92,6 +92,10 @@ class Agent(Link):
         """Settings such as `{"permissions": {"deny": [...]}}`, enforced at once."""
         return await self.call("apply_flag_settings", settings=dict(settings))
 
+    async def seed_read_state(self, path: str, mtime_ms: int) -> None:
+        """The conversation that it was told has seen this file as it is now, if it was not changed after `mtime_ms`."""
+        await self.call("seed_read_state", path=path, mtime=mtime_ms)
+
     # The conversation ------------------------------------------------------------------------------------------------
 
     def turn(self, content: str | list[Any], *, uuid: str | None = None, as_written: bool = True) -> Turn:

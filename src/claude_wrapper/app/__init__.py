@@ -277,6 +277,7 @@ async def running_server(
                 watch=telemetry.turns,
                 versions=versions,
                 keeper=keeper,
+                spares_adopt=settings.sandbox_disk != "loop",
             ),
             kept_dir=data_dir / "kept",
             forget_after_seconds=settings.session_seconds,

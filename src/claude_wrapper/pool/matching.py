@@ -225,14 +225,17 @@ class _Round:
             return self._grant(claim, own, Kind.WARM)
         if claim.awaits is not None:
             return self._settle(claim)
-        if request.session in state.sessions or request.resume is not None:
+        if request.session in state.sessions:
             return False
         full = self._principal_full(claim)
-        clean = None if full else self._clean_process(claim)
-        if clean is not None:
-            return self._grant(claim, clean, Kind.REUSED)
-        if self._start_reuse(claim):
-            return self._settle(claim)
+        if request.resume is None:
+            clean = None if full else self._clean_process(claim)
+            if clean is not None:
+                return self._grant(claim, clean, Kind.REUSED)
+            if self._start_reuse(claim):
+                return self._settle(claim)
+        elif not request.resume_on_spare or request.claim in self.dedicated:
+            return False  # what `resume` stands for is with the process that is being started
         if full or self._org_full(claim):
             return False
         for slot in state.spares.get(request.profile, {}).values():

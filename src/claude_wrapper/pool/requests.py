@@ -46,6 +46,8 @@ class ClaimRequest:
     """Whether the same principal's least recently used idle process may be hibernated and rewound for this session."""
     resume: Any = None
     """Special launch data, passed to the factory untouched: then only the session's own or a new process will do."""
+    resume_on_spare: bool = False
+    """A spare that waits will do, too: the claimer itself gives it what `resume` stands for."""
     weight: int = 1
     """The organisation's share relative to others."""
 

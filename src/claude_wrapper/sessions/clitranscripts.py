@@ -74,6 +74,29 @@ def put_transcript(home: Path, uuid: str, target: Path) -> bool:
     return True
 
 
+def remove_transcript(home: Path, uuid: str) -> None:
+    """Remove the transcript, if it is there; what lies in the directory of its name may be spoken of elsewhere and stays."""
+    with _transcript(home, uuid) as found, contextlib.suppress(OSError):
+        if found is not None:
+            directory, name = found
+            os.unlink(name, dir_fd=directory)
+
+
+def read_transcript(home: Path, uuid: str, max_bytes: int) -> bytes | None:
+    """The transcript's lines; None when there is none, or when it is larger."""
+    with _transcript(home, uuid) as found:
+        if found is None:
+            return None
+        directory, name = found
+        try:
+            descriptor = os.open(name, _READ, dir_fd=directory)
+        except OSError:
+            return None
+        with os.fdopen(descriptor, "rb") as file:
+            content = file.read(max_bytes + 1)
+    return content if len(content) <= max_bytes else None
+
+
 @contextlib.contextmanager
 def _projects(home: Path) -> Iterator[int | None]:
     try:

@@ -39,8 +39,9 @@ from claude_wrapper.sessions.canary import MAIN
 from claude_wrapper.sessions.concluding import failure, retell, undo
 from claude_wrapper.sessions.leg import Item, Leg, Started
 from claude_wrapper.sessions.permissions import Permissions
-from claude_wrapper.sessions.preparing import announced, controls, give_past, initialize, set_up
+from claude_wrapper.sessions.preparing import announced, controls, give_past, initialize, past_of, set_up
 from claude_wrapper.sessions.process import Resume, SlotProcess
+from claude_wrapper.sessions.retelling import Retelling, retelling
 from claude_wrapper.sessions.rooms import Rooms
 from claude_wrapper.sessions.running import Running, binding_of, context_of, merger_for, unanswered
 from claude_wrapper.sessions.spec import Content, Journal, Message, OnDisconnect, Owner, TurnEnd, TurnInput
@@ -103,6 +104,8 @@ class Conversation:
         self._watch = TurnWatch()
         self._running: Running | None = None
         self._bridge: Bridge | None = None
+        self._retelling: Retelling | None = None
+        """How a spare that waits is given the conversation whose files were kept; None: only --resume will do."""
         self._leg: Leg | None = None
         """The request that the running turn answers at the moment."""
 
@@ -293,6 +296,9 @@ class Conversation:
         keep = Keep.DISCARD
         try:
             process = claim.process
+            process.claimed = True
+            if self.resume is not None and process.adopted is None:
+                await process.adopt(self.resume)
             turn = self._rooms.ids.new(TURN)
             process.endpoint.bind(binding_of(self.session, self.owner, turn_input))
             process.endpoint.begin(replace(context_of(turn, turn_input, leg), trace=self._watch.trace))
@@ -328,7 +334,7 @@ class Conversation:
         self.process = None
         self.hang_up()
         if process.profile.tools != () and not self.ended:
-            self.resume = process.keep(self._rooms.kept_dir / process.slot)
+            self.resume = process.keep(self._rooms.kept_dir / process.slot) or self.resume
             self._rooms.keeper.left(self, process)
 
     def hang_up(self) -> None:
@@ -366,6 +372,10 @@ class Conversation:
 
     async def _claim_of(self, turn_input: TurnInput) -> Claim[SlotProcess]:
         profile = turn_input.spec.profile
+        resume = replace(self.resume, uuid="") if self.resume and turn_input.replay is not None else self.resume
+        self._retelling = None
+        if resume is not None and self._rooms.spares_adopt:
+            self._retelling = await retelling(resume, past_of(turn_input))
         return await self._rooms.pool.claim(
             ClaimRequest(
                 claim=self._rooms.ids.new("claim"),
@@ -374,7 +384,8 @@ class Conversation:
                 principal=self.owner.principal,
                 profile=replace(profile, cli=self.cli) if self.cli else profile,
                 reuse_idle=turn_input.reuse_idle,
-                resume=replace(self.resume, uuid="") if self.resume and turn_input.replay is not None else self.resume,
+                resume=resume,
+                resume_on_spare=self._retelling is not None,
             )
         )
 
@@ -392,10 +403,9 @@ class Conversation:
         process.agent.on_control = controls(permissions, bridge, turn_input.approve)
         if kind is not Kind.WARM:
             await initialize(process, spec, self.content)
-            # A process that was started with --resume holds the history already.
-            resume, self.resume = self.resume, None
-            if resume is None or not resume.uuid or turn_input.replay is not None:
-                await give_past(process, turn_input)
+            self.resume = None
+            if not process.resumes or turn_input.replay is not None:
+                await give_past(process, turn_input, self._retelling.seen if self._retelling is not None else ())
         bridge.on_trouble, bridge.on_reused = self._mcp_trouble, self._mcp_reused
         await set_up(process, bridge, turn_input)
         self.process = process
@@ -447,6 +457,8 @@ class Conversation:
         """Bring process and known history to the same place: whether the process stays, and whether that was done
         before the caller had its answer."""
         self.turns += 1
+        if running.process.half_told and error is None:
+            await running.process.told()
         self._watch.interrupted = running.interrupted
         self._end = TurnEnd(error, running.interrupted, suspended=running.suspended, calls=calls)
         if running.input.durable:

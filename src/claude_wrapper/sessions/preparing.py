@@ -5,7 +5,7 @@ Nothing is said twice: what the process was told already is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from claude_wrapper.errors import InvalidRequest
@@ -35,11 +35,19 @@ async def initialize(process: SlotProcess, spec: ConversationSpec, content: Cont
     process.initialized = True
 
 
-async def give_past(process: SlotProcess, turn_input: TurnInput) -> None:
-    """Put the conversation's past into a process that does not hold it."""
-    past = turn_input.history if turn_input.past is None else turn_input.past
+async def give_past(process: SlotProcess, turn_input: TurnInput, seen: Iterable[tuple[str, int]] = ()) -> None:
+    """Put the conversation's past into a process that does not hold it; `seen`: files that it has read (`Retelling`)."""
+    past = past_of(turn_input)
     if past:
+        process.half_told = True
         await process.agent.inject(_with_tool_prefix(past, turn_input.spec.client_tools), model=turn_input.model)
+        for path, mtime_ms in seen:
+            await process.agent.seed_read_state(path, mtime_ms)
+
+
+def past_of(turn_input: TurnInput) -> Sequence[Message]:
+    """What a process that does not hold the conversation is told."""
+    return turn_input.history if turn_input.past is None else turn_input.past
 
 
 async def set_up(process: SlotProcess, bridge: Bridge, turn_input: TurnInput) -> None:

@@ -36,7 +36,7 @@ from claude_wrapper.sandbox.staging import reachable_cli
 from claude_wrapper.sandbox.uids import UidAllocator
 from claude_wrapper.sessions import slotfiles
 from claude_wrapper.sessions.canary import CANARY
-from claude_wrapper.sessions.clitranscripts import put_transcript
+from claude_wrapper.sessions.clitranscripts import put_transcript, remove_transcript
 from claude_wrapper.sessions.content import places
 from claude_wrapper.sessions.content.beside import Ran, run_beside
 from claude_wrapper.sessions.diskguard import guard_disk
@@ -60,7 +60,7 @@ class Resume:
     kept: Path
     """Directory with `home/` and `work/` to move into the new slot."""
     ready: asyncio.Event = field(default_factory=asyncio.Event, compare=False)
-    """Set once the files are there: the old process has ended."""
+    """Set while the files are there: the old process has ended, and no new one has them."""
 
 
 @dataclass(slots=True)
@@ -85,7 +85,13 @@ class SlotProcess:
     fingerprint: str | None = None
     permission_mode: str = "default"
     adopted: Resume | None = None
-    """What it was started with."""
+    """What it was started with, or was given as a spare."""
+    resumes: bool = False
+    """It was started with --resume: it holds its conversation's past."""
+    claimed: bool = False
+    """A conversation has it, and sees to its files."""
+    half_told: bool = False
+    """It was told a past, and has not answered yet: its transcript may lack the end of that."""
     kept: Resume | None = None
     """What will be left of it for the conversation to go on with."""
     mcp_servers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -172,12 +178,39 @@ class SlotProcess:
         await asyncio.to_thread(empty_tree, self.dirs.work)
         return True
 
+    async def adopt(self, resume: Resume) -> None:
+        """Give a spare the files of a conversation. Raises SpawnFailed; the files are then where they were kept."""
+        if not resume.ready.is_set():
+            raise SpawnFailed("the files of the session are with another process that is being started or ended")
+        resume.ready.clear()
+        self.adopted = resume
+        moving = asyncio.ensure_future(asyncio.to_thread(slotfiles.move_into, resume.kept, self.dirs, self.uid))
+        try:
+            await asyncio.wait({moving})
+        finally:
+            if not moving.done():  # cancelled: a thread cannot be stopped, and whoever keeps the files must find them
+                await asyncio.wait({moving})
+            if error := moving.exception():
+                self.adopted = None
+                resume.ready.set()
+        if error is not None:
+            raise SpawnFailed(f"the files of the session cannot be moved to its process: {error}") from error
+
+    async def told(self) -> None:
+        """It has answered: its own transcript holds the past that it was told, and the one before is not needed."""
+        self.half_told = False
+        if self.adopted is not None and self.adopted.uuid:
+            await asyncio.to_thread(remove_transcript, self.dirs.home, self.adopted.uuid)
+
     def keep(self, target: Path) -> Resume | None:
         """Let `stop` move home and workspace to `target` instead of removing them. None when there is nothing to
         resume: the CLI has not begun a session, and nothing was there before."""
-        uuid = self.agent.session_uuid or (self.adopted.uuid if self.adopted is not None else None)
+        before = self.adopted.uuid if self.adopted is not None else None
+        uuid = self.agent.session_uuid or before
         if uuid is None:
             return None
+        if self.half_told:
+            uuid = before or ""
         if self.kept is None:
             self.kept = Resume(uuid, target)
         return self.kept
@@ -194,6 +227,9 @@ class SlotProcess:
         if self.kept is not None and not self.kept.ready.is_set():
             await asyncio.to_thread(slotfiles.keep, self.dirs, self.kept.kept)
             self.kept.ready.set()
+        elif self.adopted is not None and not self.claimed:
+            await asyncio.to_thread(slotfiles.keep, self.dirs, self.adopted.kept)  # who asked for it has gone
+            self.adopted.ready.set()
         await asyncio.to_thread(slotfiles.remove, self.sandbox, self.dirs)
         uid, self.uid = self.uid, None
         if uid is not None:
@@ -268,7 +304,9 @@ class ProcessFactory:
         if resume is not None:
             async with asyncio.timeout(_KEPT_SECONDS):
                 await resume.ready.wait()
+            resume.ready.clear()
             # When the process does not start, its conversation's files are kept for the next one.
+            cleanup.callback(resume.ready.set)
             cleanup.push_async_callback(asyncio.to_thread, slotfiles.keep, dirs, resume.kept)
             await asyncio.to_thread(slotfiles.adopt, resume.kept, dirs, uid)
         cli = await self._reachable_cli(profile, uid)
@@ -337,6 +375,7 @@ class ProcessFactory:
             guarding=guarding,
             spec=None if workdir is None else spec,
             adopted=resume,
+            resumes=resume is not None and bool(resume.uuid),
         )
         if workdir is not None:
             process.workdir = replace(workdir, run=process.run_beside)

@@ -35,5 +35,7 @@ class Rooms:
     """How long a turn waits for the results of the caller's own tools."""
     watch: Watch = field(default_factory=Watch)
     keeper: Keeper = field(default_factory=Keeper)
+    spares_adopt: bool = True
+    """Whether files can be moved into the slot of a process that runs: not onto a disk of its own."""
     versions: Versions | None = None
     """Which version of the CLI a conversation gets; None: there is one."""

@@ -1,7 +1,7 @@
 """Home and workspace between two processes of one conversation: kept when the one ends, given to the next.
 
 Both are moved, never copied, with one exception: files that came from a snapshot are put onto the disk image of a slot
-that has one. Everything here blocks: call it in a thread.
+that has one. The next process is one that is being started, or a spare that waits. Everything here blocks: call it in a thread.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from claude_wrapper.sandbox import loopdisk
 from claude_wrapper.sandbox.files import remove_tree
 from claude_wrapper.sandbox.port import Sandbox, SlotDirs
+from claude_wrapper.sessions.content import places
 
 
 def kept_dirs(kept: Path) -> SlotDirs:
@@ -52,6 +53,48 @@ def adopt(kept: Path, dirs: SlotDirs, uid: int | None) -> None:
         for target in (dirs.home, dirs.work):
             _give(target, uid)
     remove_tree(kept)
+
+
+def move_into(kept: Path, dirs: SlotDirs, uid: int | None) -> None:
+    """Move kept files into the slot of a spare, which runs already and sees these very directories: what is in them moves,
+    the directories stay. What both have is the kept one's. Not for slots or files on a disk image.
+
+    Raises OSError; the files are then where they were kept.
+    """
+    source = kept_dirs(kept)
+    pairs = [
+        (there, target) for there, target in ((source.home, dirs.home), (source.work, dirs.work)) if there.exists()
+    ]
+    if source.work.exists():
+        # They come from a tenant: what the sandbox shows elsewhere must be directories and not links.
+        places.make_mount_root(source.work, uid)
+    try:
+        for there, target in pairs:
+            if uid is not None:
+                _give(there, uid)
+            _merge(there, target)
+    except OSError:
+        for there, target in pairs:
+            _merge(target, there)
+        raise
+    remove_tree(kept)
+
+
+def _merge(source: Path, target: Path) -> None:
+    """Nobody but the server changes `source`, and nobody but an untouched process `target`; links are moved themselves."""
+    with os.scandir(source) as found:
+        entries = list(found)
+    for entry in entries:
+        there, is_directory = target / entry.name, entry.is_dir(follow_symlinks=False)
+        taken = there.is_dir() and not there.is_symlink()
+        if taken and is_directory:
+            _merge(Path(entry.path), there)
+            continue
+        if taken:
+            remove_tree(there)
+        elif is_directory:
+            there.unlink(missing_ok=True)
+        Path(entry.path).rename(there)
 
 
 def _move(source: Path, target: Path) -> None:
