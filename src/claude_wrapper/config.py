@@ -125,6 +125,14 @@ class Settings:
         "Accept a subscription's OAuth tokens (`oauth_credentials`). They are for their owner's own use under the provider's terms.",
         kind="bool",
     )
+    oauth_token_url: str = setting(
+        "https://console.anthropic.com/v1/oauth/token",
+        "Where the access tokens of stored OAuth credentials are refreshed before they end (JSON).",
+    )
+    oauth_client_id: str | None = setting(
+        None,
+        "The client that stored OAuth tokens were issued to, where a credential's `config.client_id` says nothing else. Without either they are used until they end.",
+    )
     # Upstream
     upstream_url: str = setting(
         "https://api.anthropic.com", "Base URL of the model API (any server that speaks the Messages API)."

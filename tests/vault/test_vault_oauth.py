@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +10,10 @@ import sqlalchemy as sa
 from aiohttp import ClientSession, web
 from vault_doubles import ACCESS, REFRESH, RULES, Vault
 
-from claude_wrapper.errors import CredentialMissing, InvalidRequest, NotFound, StorageUnavailable, UpstreamUnavailable
+from claude_wrapper.errors import CredentialMissing, StorageUnavailable, UpstreamUnavailable
 from claude_wrapper.storage.tables.vault import vault_credentials
-from claude_wrapper.vault.adopt import TokenPair, adopt_tokens
-from claude_wrapper.vault.credentials import Rules
-from claude_wrapper.vault.records import Status
+from claude_wrapper.vault.kinds import CredentialKind
+from claude_wrapper.vault.records import CredentialSpec, Status
 from claude_wrapper.vault.resolve import Leased
 from claude_wrapper.vault.tokens import Grant, HttpTokenEndpoint, Refused, TokenRequest
 
@@ -125,11 +123,20 @@ async def test_a_replica_that_holds_the_refresh_and_hangs_does_not_hang_the_othe
     assert (await lease(vault, made.id)).secret.endswith("access-1")
 
 
-async def test_an_ended_token_without_a_refresh_token_is_a_clear_error(vault: Vault, asker: Any) -> None:
-    pair = TokenPair("sk-ant-oat01-PLANTED-alone", None, vault.clock.now())
-    found = await adopt(vault, pair, principal=asker)
+async def test_an_ended_token_without_a_refresh_token_or_a_client_is_a_clear_error(vault: Vault) -> None:
+    alone = CredentialSpec(CredentialKind.OAUTH, "alone", {"access_token": ACCESS}, expires_at=vault.clock.now())
+    made = await vault.create(vault.world.ours, alone)
     with pytest.raises(CredentialMissing, match="no refresh token"):
-        await vault.resolver.lease(asker, named=found)
+        await lease(vault, made.id)
+    stranger = await vault.oauth(vault.world.ours, seconds=10)
+    named = await vault.oauth(vault.world.ours, seconds=10, config={"client_id": "its-own"})
+    resolver = vault.new_resolver(vault.new_refresher(client_id=None))
+    assert (await resolver.lease(vault.world.ours, named=stranger.id)).secret == ACCESS
+    vault.clock.advance(11)
+    with pytest.raises(CredentialMissing, match="CLAUDE_WRAPPER_OAUTH_CLIENT_ID"):
+        await resolver.lease(vault.world.ours, named=stranger.id)
+    assert (await resolver.lease(vault.world.ours, named=named.id)).secret.endswith("access-1")
+    assert [call.client_id for call in vault.endpoint.calls] == ["its-own"]
 
 
 async def test_new_secrets_that_arrive_during_a_refresh_win(vault: Vault) -> None:
@@ -149,60 +156,6 @@ async def test_new_secrets_that_arrive_during_a_refresh_win(vault: Vault) -> Non
     assert (await asking).secret == "sk-ant-oat01-PLANTED-by-hand"
 
 
-# Tokens that come with a request ---------------------------------------------------------------------------------------
-
-
-async def adopt(vault: Vault, pair: TokenPair, rules: Rules = RULES, principal: Any = None) -> str:
-    who = principal or vault.world.ours
-    found = await adopt_tokens(vault.db, vault.keys, who, vault.world.scribe, rules=rules, pair=pair)
-    return found.id
-
-
-@pytest.fixture
-async def asker(vault: Vault) -> Any:
-    from claude_wrapper.tenancy.scopes import Role
-
-    return vault.world.as_role(Role.DEVELOPER, user_id=await vault.add_user(vault.world.ours, "ada"))
-
-
-async def test_a_caller_who_keeps_sending_old_tokens_keeps_its_identity(vault: Vault, asker: Any) -> None:
-    pair = TokenPair(ACCESS, REFRESH, vault.clock.now())
-    first = await adopt(vault, pair, principal=asker)
-    for _ in range(3):
-        vault.clock.advance(4000)
-        await vault.resolver.lease(asker, named=first)
-        assert await adopt(vault, pair, principal=asker) == first
-    newest = TokenPair("sk-ant-oat01-PLANTED-access-3", "sk-ant-ort01-PLANTED-refresh-3")
-    assert await adopt(vault, newest, principal=asker) == first
-    assert len(vault.endpoint.calls) == 3
-
-
-async def test_adopted_tokens_serve_nobody_who_does_not_send_them(vault: Vault, asker: Any) -> None:
-    await adopt(vault, TokenPair(ACCESS, REFRESH), principal=asker)
-    with pytest.raises(CredentialMissing):
-        await vault.resolver.lease(asker)
-    mine = await adopt(vault, TokenPair(ACCESS, REFRESH), principal=asker)
-    stranger = replace(vault.world.theirs, user_id=None)
-    assert await adopt(vault, TokenPair(ACCESS, REFRESH), principal=stranger) != mine
-    with pytest.raises(NotFound):
-        await vault.resolver.lease(stranger, named=mine)
-
-
-async def test_the_same_new_tokens_sent_twice_at_once_are_kept_once(vault: Vault, asker: Any) -> None:
-    pair = TokenPair(ACCESS, REFRESH)
-    found = await asyncio.gather(*(adopt(vault, pair, principal=asker) for _ in range(5)))
-    assert len(set(found)) == 1
-
-
-async def test_sent_tokens_need_the_operators_permission(vault: Vault, asker: Any) -> None:
-    with pytest.raises(InvalidRequest, match="operator"):
-        await adopt(vault, TokenPair(ACCESS), Rules(), principal=asker)
-
-
-def test_a_token_pair_does_not_show_itself() -> None:
-    assert "PLANTED" not in repr(TokenPair(ACCESS, REFRESH)) + repr(TokenRequest(REFRESH, "c")) + repr(Grant(ACCESS))
-
-
 # The endpoint over HTTP ------------------------------------------------------------------------------------------------
 
 
@@ -215,9 +168,7 @@ class Site:
         self.url = ""
 
     async def answer(self, request: web.Request) -> web.Response:
-        self.seen.append(
-            await request.json() if request.content_type == "application/json" else dict(await request.post())
-        )
+        self.seen.append(await request.json())
         status, body = self.answers.pop(0)
         headers = {"location": "http://127.0.0.1:1/"} if 300 <= status < 400 else {}
         return web.Response(status=status, body=body, content_type="application/json", headers=headers)
@@ -237,17 +188,14 @@ async def site(anyio_backend: str) -> Any:
     await runner.cleanup()
 
 
-async def ask(site: Site, *, form: bool = False) -> Grant:
+async def ask(site: Site) -> Grant:
     async with ClientSession() as session:
-        return await HttpTokenEndpoint(session, site.url, timeout=5, form=form).refresh(
-            TokenRequest(REFRESH, "client-1")
-        )
+        return await HttpTokenEndpoint(session, site.url, timeout=5).refresh(TokenRequest(REFRESH, "client-1"))
 
 
-@pytest.mark.parametrize("form", [True, False])
-async def test_a_grant_over_http(site: Site, form: bool) -> None:
+async def test_a_grant_over_http(site: Site) -> None:
     site.answers = [(200, b'{"access_token":"a","refresh_token":"r","expires_in":28800,"more":1}')]
-    assert await ask(site, form=form) == Grant("a", "r", 28800)
+    assert await ask(site) == Grant("a", "r", 28800)
     assert site.seen == [{"grant_type": "refresh_token", "refresh_token": REFRESH, "client_id": "client-1"}]
 
 

@@ -304,7 +304,7 @@ async def test_erasing_an_organisation_says_what_went_and_leaves_the_other_alone
         await world.see(erase_vault, world.as_role(Role.ADMIN))
     async with vault.db.transaction() as tx:
         counts = await erase_vault(tx, world.ours)
-    assert counts == {"oauth_identities": 2, "credentials": 2, "secrets": 1, "data_keys": 1}
+    assert counts == {"credentials": 2, "secrets": 1, "data_keys": 1}
     assert (await vault.resolver.lease(world.theirs)).id == kept.id
 
 

@@ -115,8 +115,8 @@ class Vault:
     def new_keys(self, master: LocalMasterKey | None = None) -> OrgKeys:
         return OrgKeys(self.db, master or self.master, self.clock)
 
-    def new_refresher(self, state: Any = None) -> OAuthRefresher:
-        settings = OAuthSettings(client_id="client-1")
+    def new_refresher(self, state: Any = None, *, client_id: str | None = "client-1") -> OAuthRefresher:
+        settings = OAuthSettings(client_id=client_id)
         return OAuthRefresher(
             self.db, self.new_keys(), state or self.state, self.endpoint,
             clock=self.clock, ids=self.world.scribe.ids, settings=settings,

@@ -17,6 +17,7 @@ from claude_wrapper.api.caching import cache_use
 from claude_wrapper.api.deadlines import turn_seconds
 from claude_wrapper.api.state import Deps, deps_of
 from claude_wrapper.api.translate import Translated, owner_of, pooled_turn, turn_for
+from claude_wrapper.broker.calls import CredentialKind
 from claude_wrapper.errors import AuthenticationFailed, InvalidRequest, WrapperError
 from claude_wrapper.limits import Admitted, Facts
 from claude_wrapper.sessions.conversation import Conversation
@@ -37,9 +38,10 @@ async def create_message(request: Request) -> Response:
 
 async def _create_message(request: Request, deps: Deps, body: bytes) -> Response:
     parsed = parse_messages_request(body, max_tokens_required=False)
-    if parsed.max_tokens is None and parsed.oauth_credentials is None:
-        raise InvalidRequest("is required", field="max_tokens")
-    leg = await _submit(request, deps, parsed, await _translate(request, deps, parsed))
+    translated = await _translate(request, deps, parsed)
+    if parsed.max_tokens is None and translated.turn.credential.kind is CredentialKind.API_KEY:
+        raise InvalidRequest("is required", field="max_tokens")  # with an OAuth token it cannot be given
+    leg = await _submit(request, deps, parsed, translated)
     if not parsed.stream:
         message = await _unless_gone(request, leg, leg.message())
         return Response(msgspec.json.encode(message), media_type="application/json", headers=_headers(leg))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+import aiohttp
 import structlog
 
 from claude_wrapper.app.caching import Caches
@@ -55,8 +56,10 @@ from claude_wrapper.vault.credentials import CHANNEL as VAULT_CHANNEL
 from claude_wrapper.vault.credentials import Rules
 from claude_wrapper.vault.keys import LocalMasterKey, MasterKey, create_key_file, parse_keys, read_key_file
 from claude_wrapper.vault.kinds import UrlPolicy
+from claude_wrapper.vault.oauth import OAuthRefresher, OAuthSettings
 from claude_wrapper.vault.orgkeys import OrgKeys, unseal
 from claude_wrapper.vault.resolve import OperatorCredential, Resolver
+from claude_wrapper.vault.tokens import HttpTokenEndpoint
 
 log = structlog.get_logger(__name__)
 
@@ -121,10 +124,14 @@ async def running_tenants(settings: Settings, data_dir: Path, clock: Clock, ids:
         keyring = KeyRing(database, pepper, clock)
         org_keys = OrgKeys(database, master, clock)
         key = settings.anthropic_api_key
+        refresher = await stack.enter_async_context(
+            _refreshing(settings, database, org_keys, state, clock=clock, ids=ids)
+        )
         resolver = Resolver(
             database,
             org_keys,
             clock,
+            refresher=refresher,
             operator=OperatorCredential(key, settings.upstream_url) if key else None,
         )
         prices = PriceBook(from_file(settings.price_file) if settings.price_file else packaged(), database, clock)
@@ -196,6 +203,30 @@ async def running_tenants(settings: Settings, data_dir: Path, clock: Clock, ids:
             operator=replace(operator(key_id=boot.key_id).acting_in(boot.organization.id), is_staff=True),
             new_operator_key=None if settings.admin_key else boot.secret,
         )
+
+
+@contextlib.asynccontextmanager
+async def _refreshing(
+    settings: Settings, database: Database, org_keys: OrgKeys, state: SharedState, *, clock: Clock, ids: Ids
+) -> AsyncIterator[OAuthRefresher | None]:
+    """Keeps the access tokens of stored OAuth credentials fresh, where the operator allows such credentials."""
+    if not settings.allow_oauth:
+        yield None
+        return
+    async with aiohttp.ClientSession() as session:
+        refresher = OAuthRefresher(
+            database,
+            org_keys,
+            state,
+            HttpTokenEndpoint(session, settings.oauth_token_url),
+            clock=clock,
+            ids=ids,
+            settings=OAuthSettings(settings.oauth_client_id),
+        )
+        try:
+            yield refresher
+        finally:
+            await refresher.close()
 
 
 def _forget(forget: Callable[[str], None]) -> Callable[[bytes | None], None]:

@@ -8,9 +8,7 @@ Changes take the organisation's `DataKeys` (`await org_keys.of(principal.org)`),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -20,10 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from claude_wrapper import ids
 from claude_wrapper.errors import InvalidRequest, NotFound, PermissionDenied
 from claude_wrapper.storage.engine import announce
-from claude_wrapper.storage.failures import conflict_when_duplicate
 from claude_wrapper.storage.pagination import Page, PageRequest, fetch_page
 from claude_wrapper.storage.tables.tenancy import org_members, workspaces
-from claude_wrapper.storage.tables.vault import vault_credentials, vault_oauth_identities
+from claude_wrapper.storage.tables.vault import vault_credentials
 from claude_wrapper.tenancy.audit import Scribe
 from claude_wrapper.tenancy.locking import bump
 from claude_wrapper.tenancy.principal import Principal, owned
@@ -102,16 +99,6 @@ async def insert_credential(
         **sealed_values(keys, principal, spec.kind, credential_id, secret),
     }
     await tx.execute(sa.insert(vault_credentials).values(**values))
-    if spec.kind is CredentialKind.OAUTH:
-        await remember_tokens(
-            tx,
-            principal,
-            keys=keys,
-            credential_id=credential_id,
-            secret=secret,
-            now=now,
-            first_only=spec.named_only,  # two requests that bring the same tokens must end with one credential
-        )
     made = read_credential(SimpleNamespace(**values))
     await scribe.record(tx, principal, "credential.create", ("credential", made.id), after=audited(made))
     announce_change(tx, principal)
@@ -163,8 +150,6 @@ async def update_credential(
         secret = clean_secret(before.kind, change.secret)
         values |= sealed_values(keys, principal, before.kind, before.id, secret)
         values |= {"status": str(Status.ACTIVE), "problem": None, "expires_at": change.expires_at}
-        if before.kind is CredentialKind.OAUTH:
-            await remember_tokens(tx, principal, keys=keys, credential_id=before.id, secret=secret, now=scribe.now())
     if change.disabled is not None:
         # Enabling does not heal: one that was refused needs a new secret.
         healthy = before.status is Status.DISABLED or change.secret is not None
@@ -195,30 +180,6 @@ async def delete_credential(tx: AsyncConnection, principal: Principal, scribe: S
     announce_change(tx, principal)
 
 
-async def find_for_token(
-    tx: AsyncConnection, principal: Principal, keys: DataKeys, tokens: Sequence[str]
-) -> Credential | None:
-    """The OAuth credential that has, or ever had, one of these tokens; None if none does.
-
-    Whoever holds a token may use its credential: no scope is asked for, but it stays within organisation, workspace
-    and user.
-    """
-    table, known = vault_credentials, vault_oauth_identities
-    fingerprints = [keys.fingerprint(token) for token in tokens]
-    statement = (
-        sa.select(*COLUMNS)
-        .join(known, known.c.credential_id == table.c.id)
-        .where(known.c.org_id == principal.org, known.c.fingerprint.in_(fingerprints))
-        .where(table.c.org_id == principal.org)
-        .where(sa.or_(table.c.workspace_id.is_(None), table.c.workspace_id == principal.workspace))
-        .where(sa.or_(table.c.user_id.is_(None), table.c.user_id == principal.user_id))
-        .order_by(known.c.created_at.desc())
-        .limit(1)
-    )
-    row = (await tx.execute(statement)).first()
-    return read_credential(row) if row else None
-
-
 async def load_sealed(tx: AsyncConnection, principal: Principal, credential_id: str) -> Sealed:
     """One credential with its ciphertext, for those who will open it. Raises NotFound."""
     statement = sa.select(vault_credentials).where(_visible(principal), vault_credentials.c.id == credential_id)
@@ -226,32 +187,6 @@ async def load_sealed(tx: AsyncConnection, principal: Principal, credential_id: 
     if row is None:
         raise NotFound(f"there is no credential {credential_id!r}")
     return read_sealed(row)
-
-
-async def remember_tokens(
-    tx: AsyncConnection,
-    principal: Principal,
-    *,
-    keys: DataKeys,
-    credential_id: str,
-    secret: dict[str, str],
-    now: datetime,
-    first_only: bool = False,
-) -> None:
-    """Let these tokens lead back to their credential, also after they have been refreshed.
-
-    Tokens that led to another credential lead to this one now; with `first_only` that is a Conflict instead.
-    """
-    table = vault_oauth_identities
-    for token in secret.values():
-        fingerprint = keys.fingerprint(token)
-        if not first_only:
-            where = (owned(principal, table), table.c.fingerprint == fingerprint)
-            if (await tx.execute(table.update().where(*where).values(credential_id=credential_id))).rowcount:
-                continue
-        values = {"org_id": principal.org, "fingerprint": fingerprint, "credential_id": credential_id}
-        with conflict_when_duplicate("these tokens are being kept by another request at this moment"):
-            await tx.execute(sa.insert(table).values(**values, created_at=now))
 
 
 def sealed_values(

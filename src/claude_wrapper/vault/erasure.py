@@ -6,7 +6,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from claude_wrapper.storage.tables.vault import (
     vault_credentials,
-    vault_oauth_identities,
     vault_org_keys,
     vault_secrets,
 )
@@ -23,7 +22,6 @@ async def erase_vault(tx: AsyncConnection, principal: Principal) -> dict[str, in
     principal.require("delete:organization")
     counts: dict[str, int] = {}
     for name, table in (
-        ("oauth_identities", vault_oauth_identities),
         ("credentials", vault_credentials),
         ("secrets", vault_secrets),
         ("data_keys", vault_org_keys),

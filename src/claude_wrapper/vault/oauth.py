@@ -9,8 +9,7 @@ memory and are written at the next use.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -25,7 +24,7 @@ from claude_wrapper.storage.engine import Database
 from claude_wrapper.storage.state.ports import Leases
 from claude_wrapper.storage.tables.vault import vault_credentials
 from claude_wrapper.tenancy.principal import Principal
-from claude_wrapper.vault.credentials import announce_change, remember_tokens, sealed_values
+from claude_wrapper.vault.credentials import announce_change, sealed_values
 from claude_wrapper.vault.orgkeys import OrgKeys
 from claude_wrapper.vault.records import TABLE, Sealed, Status, read_sealed
 from claude_wrapper.vault.tokens import Grant, Refused, TokenEndpoint, TokenRequest
@@ -37,7 +36,7 @@ _log = structlog.get_logger("claude_wrapper.vault")
 class OAuthSettings:
     """How tokens are refreshed."""
 
-    client_id: str
+    client_id: str | None
     """The client that the tokens were issued to; a credential's own `client_id` setting goes before it."""
     margin: float = 300.0
     """Seconds before its end at which an access token is refreshed: longer than most turns' upstream calls."""
@@ -47,14 +46,6 @@ class OAuthSettings:
     """Seconds that a request waits for another replica's refresh."""
     poll: float = 0.25
     """Seconds between two looks while waiting."""
-
-
-@dataclass(slots=True)
-class _Unwritten:
-    """A grant that the database does not have yet."""
-
-    sealed: Sealed
-    secret: dict[str, str] = field(repr=False)
 
 
 class OAuthRefresher:
@@ -70,7 +61,6 @@ class OAuthRefresher:
         clock: Clock,
         ids: Ids,
         settings: OAuthSettings,
-        on_outcome: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._db = db
         self._keys = keys
@@ -79,9 +69,9 @@ class OAuthRefresher:
         self._clock = clock
         self._ids = ids
         self._settings = settings
-        self._on_outcome = on_outcome
         self._running: dict[str, asyncio.Task[Sealed]] = {}
-        self._unwritten: dict[str, _Unwritten] = {}
+        self._unwritten: dict[str, Sealed] = {}
+        """Grants that the database does not have yet."""
 
     async def fresh(self, principal: Principal, stored: Sealed) -> Sealed:
         """`stored` itself while its access token is good for longer than the margin, else a refreshed one.
@@ -162,30 +152,31 @@ class OAuthRefresher:
     async def _granted(self, principal: Principal, stored: Sealed) -> Sealed:
         keys = await self._keys.of(principal.org, opening=stored.sealed)
         secret: dict[str, str] = keys.open_values(stored.sealed, table=TABLE, record=stored.view.id)
-        if "refresh_token" not in secret:
+        client = stored.view.config.get("client_id", self._settings.client_id)
+        if "refresh_token" not in secret or client is None:
             if self._still_good(stored):
                 return stored
-            raise CredentialMissing(f"the access token of {stored.view.id} has ended and there is no refresh token")
-        request = TokenRequest(secret["refresh_token"], stored.view.config.get("client_id", self._settings.client_id))
+            why = (
+                "it is not known to which client it was issued: give `config.client_id`, or set CLAUDE_WRAPPER_OAUTH_CLIENT_ID"
+                if "refresh_token" in secret
+                else "there is no refresh token"
+            )
+            raise CredentialMissing(f"the access token of {stored.view.id} has ended and {why}")
+        request = TokenRequest(secret["refresh_token"], client)
         try:
             grant = await self._endpoint.refresh(request)
         except Refused as refused:
-            self._on_outcome("error")
             _log.warning("oauth.refused", credential_id=stored.view.id, reason=refused.reason)
             await self._mark_invalid(principal, stored, refused.reason)
             raise CredentialMissing(
                 f"the credential {stored.view.id} can no longer be refreshed ({refused.reason}): sign in again",
                 details={"credential_id": stored.view.id, "reason": refused.reason},
             ) from refused
-        except UpstreamUnavailable:
-            self._on_outcome("error")
-            raise
-        self._on_outcome("ok")
         _log.info("oauth.refreshed", credential_id=stored.view.id)
         renewed = {**secret, "access_token": grant.access_token}
         if grant.refresh_token:
             renewed["refresh_token"] = grant.refresh_token
-        pending = _Unwritten(await self._renewed(principal, stored, renewed, self._ends(grant)), renewed)
+        pending = await self._renewed(principal, stored, renewed, self._ends(grant))
         self._unwritten[stored.view.id] = pending
         return await self._write(principal, pending)
 
@@ -205,17 +196,16 @@ class OAuthRefresher:
         )  # fmt: skip
         return Sealed(renewed, sealed)
 
-    async def _write(self, principal: Principal, pending: _Unwritten) -> Sealed:
+    async def _write(self, principal: Principal, pending: Sealed) -> Sealed:
         """Write a grant; while the database is away it stays in memory and serves from there."""
-        keys = await self._keys.of(principal.org)
         try:
-            written = await self._db.run(lambda tx: _store(tx, principal, keys, pending), idempotent=True)
+            written = await self._db.run(lambda tx: _store(tx, principal, pending), idempotent=True)
         except StorageUnavailable:
-            _log.error("oauth.not_written", credential_id=pending.sealed.view.id)
-            return pending.sealed
-        self._unwritten.pop(pending.sealed.view.id, None)
+            _log.error("oauth.not_written", credential_id=pending.view.id)
+            return pending
+        self._unwritten.pop(pending.view.id, None)
         # Somebody gave the credential new secrets meanwhile: theirs count.
-        return pending.sealed if written else await self._present(principal, pending.sealed)
+        return pending if written else await self._present(principal, pending)
 
     async def _mark_invalid(self, principal: Principal, stored: Sealed, reason: str) -> None:
         async def write(tx: AsyncConnection) -> None:
@@ -240,14 +230,14 @@ def _same(principal: Principal, stored: Sealed) -> tuple[sa.ColumnElement[bool],
     return (vault_credentials.c.org_id == principal.org, vault_credentials.c.id == stored.view.id)
 
 
-async def _store(tx: AsyncConnection, principal: Principal, keys: Any, pending: _Unwritten) -> bool:
-    table, view = vault_credentials, pending.sealed.view
+async def _store(tx: AsyncConnection, principal: Principal, pending: Sealed) -> bool:
+    table, view = vault_credentials, pending.view
     before = view.version - 1
     done = await tx.execute(
         table.update()
-        .where(*_same(principal, pending.sealed), table.c.version == before)
+        .where(*_same(principal, pending), table.c.version == before)
         .values(
-            sealed=pending.sealed.sealed,
+            sealed=pending.sealed,
             hint=view.hint,
             fingerprint=view.fingerprint,
             expires_at=view.expires_at,
@@ -259,8 +249,7 @@ async def _store(tx: AsyncConnection, principal: Principal, keys: Any, pending: 
     )
     if not done.rowcount:
         # Either our own earlier try did arrive, or somebody changed the credential.
-        present = await tx.scalar(sa.select(table.c.fingerprint).where(*_same(principal, pending.sealed)))
+        present = await tx.scalar(sa.select(table.c.fingerprint).where(*_same(principal, pending)))
         return bool(present == view.fingerprint)
-    await remember_tokens(tx, principal, keys=keys, credential_id=view.id, secret=pending.secret, now=view.updated_at)
     announce_change(tx, principal)
     return True

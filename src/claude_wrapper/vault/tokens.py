@@ -11,9 +11,6 @@ import msgspec
 
 from claude_wrapper.errors import UpstreamUnavailable
 
-ANTHROPIC_TOKEN_URL: Final = "https://console.anthropic.com/v1/oauth/token"  # noqa: S105 - an address
-ANTHROPIC_CLIENT_ID: Final = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
-"""The public client id that the Claude CLI signs in with; its tokens can only be refreshed under it."""
 MAX_ANSWER: Final = 64 * 1024
 _REASONS: Final = frozenset(
     {
@@ -70,16 +67,14 @@ class HttpTokenEndpoint:
     def __init__(
         self,
         session: aiohttp.ClientSession,
-        url: str = ANTHROPIC_TOKEN_URL,
+        url: str,
         *,
         timeout: float = 20.0,
-        form: bool = False,
     ) -> None:
-        """`form` sends what the standard says; Anthropic's endpoint takes JSON."""
+        """Takes JSON, as Anthropic's does (the standard has a form)."""
         self._session = session
         self._url = url
         self._timeout = aiohttp.ClientTimeout(total=timeout)
-        self._form = form
 
     async def refresh(self, request: TokenRequest) -> Grant:
         fields = {
@@ -87,10 +82,13 @@ class HttpTokenEndpoint:
             "refresh_token": request.refresh_token,
             "client_id": request.client_id,
         }
-        body: dict[str, Any] = {"data": fields} if self._form else {"json": fields}
         try:
             async with self._session.post(
-                self._url, **body, timeout=self._timeout, allow_redirects=False, headers={"accept": "application/json"}
+                self._url,
+                json=fields,
+                timeout=self._timeout,
+                allow_redirects=False,
+                headers={"accept": "application/json"},
             ) as answer:
                 return _read(answer.status, await _content(answer))
         except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError) as error:

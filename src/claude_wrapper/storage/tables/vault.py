@@ -64,22 +64,6 @@ vault_credentials = sa.Table(
     sa.Index("ix_vault_credentials_user_id", "user_id"),
 )
 
-# Every token that an OAuth credential ever had leads back to it: its owner keeps one identity across refreshes.
-vault_oauth_identities = sa.Table(
-    "vault_oauth_identities",
-    metadata,
-    sa.Column("org_id", sa.String(ID_LENGTH), sa.ForeignKey("organizations.id", ondelete="CASCADE"), primary_key=True),
-    sa.Column("fingerprint", sa.String(64), primary_key=True),
-    sa.Column(
-        "credential_id",
-        sa.String(ID_LENGTH),
-        sa.ForeignKey("vault_credentials.id", ondelete="CASCADE"),
-        nullable=False,
-        index=True,
-    ),
-    time_column("created_at"),
-)
-
 vault_secrets = sa.Table(
     "vault_secrets",
     metadata,
