@@ -157,8 +157,8 @@ def test_a_verdict_names_the_criteria_that_are_not_met() -> None:
 def test_the_grader_is_shown_no_more_than_fits_and_is_told_what_is_left_out() -> None:
     event = {"description": "a poem", "rubric": {"content": "It rhymes."}}
     big = "x" * (verdicts.MAX_FILE + 1)
-    files = [Made(f"{number}.txt", "text/plain", len(big), big) for number in range(6)]
-    files.append(Made("song.mp3", "audio/mpeg", 9, None))
+    files = [Made(f"{number}.txt", len(big), big) for number in range(6)]
+    files.append(Made("song.mp3", 9, None))
     body = verdicts.question(event, "y" * (verdicts.MAX_ANSWER + 5), files, "claude-sonnet-5-5")
     texts = [block["text"] for block in body["messages"][0]["content"]]
     assert sum(map(len, texts)) < verdicts.MAX_ANSWER + verdicts.MAX_FILES + 2_000

@@ -10,7 +10,7 @@ import pytest
 from anthropic import AsyncAnthropic
 
 from claude_wrapper.sessions import evaluation
-from managed.driving import MODEL, history, message, new_session, texts, turn, until_idle
+from managed.driving import MODEL, WEATHER, history, message, new_session, texts, turn, until_idle
 from managed.graded import asked_call_cut, asked_of_grader, ends, outcome, shown_to, spans, verdict
 from managed.workspaces import TOOLS
 from running_server import Running
@@ -221,6 +221,58 @@ async def test_a_message_meanwhile_comes_first_and_a_second_outcome_waits_for_th
     assert [one.result for one in states] == ["satisfied", "satisfied"]
 
 
+async def test_a_turn_that_fails_leaves_its_outcome_open_for_the_next_one(
+    client: AsyncAnthropic, server: Running
+) -> None:
+    server.upstream.forget()
+    session = (await new_session(client)).id
+    failed = await turn(client, session, outcome("[[error 400]]", verdict("satisfied", "fine")))
+    assert failed[-1].stop_reason.type == "retries_exhausted"
+    assert spans(failed) == []
+    assert (await client.beta.sessions.retrieve(session)).outcome_evaluations[0].result == "running"
+    events = await turn(client, session, message("[[say made after all]]"))
+    assert ends(events) == [(0, "satisfied", "fine")]
+    assert "made after all" in shown_to(asked_of_grader(server)[0])
+
+
+async def test_an_outcome_whose_agent_waits_for_the_client_is_judged_when_it_has_gone_on(
+    client: AsyncAnthropic,
+) -> None:
+    session = (await new_session(client, tools=[WEATHER])).id
+    call = '[[tool mcp__client__get_weather {"city":"Rome"}]] [[then]]'
+    asked = await turn(client, session, outcome(call, verdict("satisfied", "fine")))
+    assert asked[-1].stop_reason.type == "requires_action"
+    assert spans(asked) == []
+    [call_id] = asked[-1].stop_reason.event_ids
+    weather = [{"type": "text", "text": "sunny"}]
+    events = await turn(
+        client, session, {"type": "user.custom_tool_result", "custom_tool_use_id": call_id, "content": weather}
+    )
+    assert spans(events) == ["start", "end"]
+    assert events[-1].stop_reason.type == "end_turn"
+
+
+async def test_a_turn_of_the_messages_door_meanwhile_and_its_evaluation_both_come_to_their_end(
+    client: AsyncAnthropic, server: Running
+) -> None:
+    server.upstream.forget()
+    session = (await new_session(client)).id
+    slow = "[[first 1500]] " + verdict("satisfied", "fine")
+    await client.beta.sessions.events.send(session, events=[outcome("[[say draft]]", slow)])
+    async with asyncio.timeout(30):
+        await server.upstream.wait_until(lambda: len(asked_of_grader(server)) == 1)
+    answer = await server.ask("[[say beside it]]", session_id=session)
+    assert answer.text == "beside it"
+    async with asyncio.timeout(30):
+        while (found := await client.beta.sessions.retrieve(session)).status != "idle":
+            await asyncio.sleep(0.05)
+    assert found.outcome_evaluations[0].result == "satisfied"
+    log = await history(client, session)
+    assert spans(log) == ["start", "end"]
+    assert texts(log) == ["draft", "beside it"]
+    assert log[-1].type == "session.status_idle"
+
+
 async def test_what_the_grader_uses_counts_to_the_budget_and_raising_it_goes_on(
     client: AsyncAnthropic, server: Running
 ) -> None:
@@ -266,9 +318,8 @@ async def test_the_rubric_may_be_a_file_and_the_grader_sees_the_outputs(
     assert defined.rubric.content.startswith("# Title")
     [asked] = asked_of_grader(server)
     shown = shown_to(asked)
-    assert "report.md (text/" in shown or "report.md" in shown
-    assert "the-report" in shown
-    assert "blob.bin (application/octet-stream, 2 bytes), which is no text" in shown
+    assert "A file: report.md (11 bytes):\n\nthe-report\n" in shown
+    assert "blob.bin (2 bytes), which is no text" in shown
     assert "echo the-report" not in shown.split("The answer:")[1], "its commands are not shown"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import anthropic
@@ -12,6 +14,7 @@ from anthropic import AsyncAnthropic
 from claude_wrapper.testing.upstream import ScriptedUpstream
 from managed.driving import history, new_session, texts
 from managed.graded import ends, outcome, spans, verdict
+from replicas import SHARED, replica
 from running_server import KEY, Running, running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.real_cli]
@@ -22,7 +25,7 @@ SETTINGS = {"sandbox": "none", "security_level": "permissive"}
 async def test_a_server_that_stops_in_mid_evaluation_leaves_it_to_the_next_one(
     reachable_tmp_path: Path, stores: dict[str, str]
 ) -> None:
-    settings = {**SETTINGS, **stores, "drain_seconds": 0.5}
+    settings = {**SETTINGS, **SHARED, **stores, "drain_seconds": 0.5}
     async with ScriptedUpstream() as upstream:
         settings["upstream_url"] = upstream.url
         definition = outcome(
@@ -47,6 +50,47 @@ async def test_a_server_that_stops_in_mid_evaluation_leaves_it_to_the_next_one(
     assert [one.type for one in log].count("session.status_idle") == 1
     [state] = found.outcome_evaluations
     assert (state.iteration, state.result) == (1, "satisfied")
+
+
+@pytest.mark.parametrize("stores", ["postgres and redis"], indirect=True)
+async def test_a_holder_that_is_killed_in_mid_evaluation_leaves_it_to_the_other_replica(
+    reachable_tmp_path: Path, stores: dict[str, str]
+) -> None:
+    async with ScriptedUpstream() as upstream:
+        definition = outcome("[[say draft]]", "[[hang]]", verdict("needs_revision", "[[say better]]"), "[[hang]]")
+        definition["rubric"]["content"] += f" [[again]] {verdict('satisfied', 'good')}"
+        names = ("one", "other")
+        async with AsyncExitStack() as stack:
+            starting = [
+                stack.enter_async_context(replica(reachable_tmp_path / one, upstream, **stores)) for one in names
+            ]
+            one, other = await asyncio.gather(*starting)
+            async with one.sdk() as client:
+                session = (await new_session(client)).id
+                await client.beta.sessions.events.send(session, events=[definition])
+                async with asyncio.timeout(30):
+                    await upstream.wait_for(2)
+                before = await history(client, session)
+            one.signal(signal.SIGKILL)
+            await one.gone()
+            async with asyncio.timeout(60):
+                await upstream.wait_for(
+                    5
+                )  # the other one's: the verdict, the revision, and its evaluation, which hangs
+            other.signal(signal.SIGKILL)
+            await other.gone()
+            last = await stack.enter_async_context(replica(reachable_tmp_path / "last", upstream, **stores))
+            async with last.sdk() as client, asyncio.timeout(60):
+                while (found := await client.beta.sessions.retrieve(session)).status != "idle":
+                    await asyncio.sleep(0.05)
+                log = await history(client, session)
+    assert [one.id for one in log[: len(before)]] == [one.id for one in before]
+    assert len({one.id for one in log}) == len(log)
+    assert spans(log) == ["start", "ongoing", "end", "start", "ongoing", "end"]
+    assert [one[:2] for one in ends(log)] == [(0, "needs_revision"), (1, "satisfied")]
+    assert texts(log) == ["draft", "better"]
+    assert [one.type for one in log].count("session.status_idle") == 1
+    assert found.outcome_evaluations[0].result == "satisfied"
 
 
 async def test_outcomes_are_refused_by_name_under_an_oauth_credential(reachable_tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ class Grader:
         for one in found:
             text = await self._text(one, verdicts.MAX_FILE) if left > 0 else ""
             left -= min(len(text or ""), verdicts.MAX_FILE)
-            made.append(Made(one.filename, one.mime_type, one.size_bytes, text))
+            made.append(Made(one.filename, one.size_bytes, text))
         return made
 
     async def _rubric(self, principal: Principal, file_id: str, field: str) -> str:

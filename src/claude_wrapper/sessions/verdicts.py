@@ -84,7 +84,6 @@ class Made:
     """A file that the agent left. `text` is None for one that is no text."""
 
     name: str
-    mime_type: str
     size_bytes: int
     text: str | None = field(repr=False)
 
@@ -94,7 +93,7 @@ def question(event: Mapping[str, Any], answer: str, files: Sequence[Made], model
     blocks = [f"The task:\n\n{event['description']}", f"The answer:\n\n{_cut(answer, MAX_ANSWER) or '(none)'}"]
     left = MAX_FILES
     for one in files:
-        head = f"A file: {one.name} ({one.mime_type}, {one.size_bytes} bytes)"
+        head = f"A file: {one.name} ({one.size_bytes} bytes)"
         if one.text is None:
             blocks.append(f"{head}, which is no text and is not shown.")
         elif not left:
