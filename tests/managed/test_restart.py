@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -74,6 +75,22 @@ async def test_a_process_that_dies_while_it_waits_costs_nothing(client: AsyncAnt
     kinds = [one.type for one in await history(client, session)]
     assert "session.error" not in kinds
     assert kinds.count("agent.tool_result") == 1
+
+
+async def test_what_failed_turns_left_unanswered_is_told_once(client: AsyncAnthropic, server: Running) -> None:
+    session = (await new_session(client)).id
+    for number in range(3):
+        async with await client.beta.sessions.events.stream(session) as stream:
+            await client.beta.sessions.events.send(session, events=[message(f"left-{number} [[hang]]")])
+            await server.upstream.wait_for(number + 1)
+            conversation = server.server.conversations.find(session)
+            assert conversation is not None
+            assert conversation.process is not None
+            os.kill(conversation.process.pid, signal.SIGKILL)
+            assert "session.error" in [one.type for one in await until_idle(stream)]
+    assert texts(await turn(client, session, message("[[say well again]]"))) == ["well again"]
+    told = json.dumps(server.upstream.calls[-1].body["messages"])
+    assert [told.count(f"left-{number}") for number in range(3)] == [1, 1, 1]
 
 
 async def test_a_call_that_ran_before_the_restart_does_not_run_again(reachable_tmp_path: Path) -> None:

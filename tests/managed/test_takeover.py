@@ -52,6 +52,15 @@ def test_before_the_models_first_word_the_message_is_sent_again() -> None:
     assert continuation([ASKED], [], texts=None).how is How.AGAIN
 
 
+def test_what_an_earlier_turn_left_unanswered_is_sent_again_with_it() -> None:
+    said = Message("assistant", [text("done")])
+    messages = [ASKED, said, Message("user", "and this"), Message("user", [text("and that")])]
+    found = continuation(messages, [], texts=0)
+    assert (found.how, found.position) == (How.AGAIN, 2)
+    assert list(found.history) == [ASKED, said], "a process takes a past that ends with the model's message"
+    assert found.content == [text("and this"), text("and that")]
+
+
 def test_a_whole_answer_is_not_asked_for_twice() -> None:
     assert continuation([ASKED, Message("assistant", [text("done")])], [], texts=None).how is How.FINISHED
 

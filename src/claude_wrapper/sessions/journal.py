@@ -253,7 +253,12 @@ class SessionJournal:
         self, turn_input: TurnInput, messages: Sequence[Message], marks: Mapping[str, Any] = MappingProxyType({})
     ) -> _Opening:
         """What the beginning of a turn writes, after these messages; `marks`: further columns of the session."""
+        before = len(messages)
+        if turn_input.durable and turn_input.replay is None and turn_input.past is not None:
+            # What an earlier turn left unanswered is in the new message, which takes its place.
+            messages = messages[: len(turn_input.past)]
         recorder, start = Recorder(list(messages)), len(messages) - 1
+        replaced = before > len(messages)
         events: list[dict[str, Any]] = []
         if not turn_input.durable:
             events.append({"type": "user.message", "content": shown_content(turn_input.content)})
@@ -268,6 +273,8 @@ class SessionJournal:
 
         def whole(tx: sa.Connection) -> tuple[list[Stored], Mark]:
             written = write(tx)
+            if replaced:
+                records.cut_messages_now(tx, self._principal, self.session.id, start + 1)
             if taking:
                 self._books.log.processed_now(tx, self._principal, self.session.id, taking, now)
             return written

@@ -98,7 +98,18 @@ def continuation(messages: Sequence[Message], calls: Sequence[CallView], *, text
     outputs = {call.tool_use_id for call in calls if "output" in (call.answer or {})}
     if any(call not in results or (call in known and call not in outputs) for call in asked):
         return _replay(kept, at - 1, calls, None)
-    return Continuation(How.AGAIN, at, None, tuple(kept[:at]), kept[at].content)
+    return _again(kept, at)
+
+
+def _again(messages: Sequence[Message], at: int) -> Continuation:
+    """What an earlier turn had left unanswered goes before what is asked: a past ends with the model's message."""
+    first = at
+    while first and messages[first - 1].role == "user":
+        first -= 1
+    content = messages[at].content
+    if first < at:
+        content = [block for one in messages[first : at + 1] for block in blocks_of(one.content)]
+    return Continuation(How.AGAIN, first, None, tuple(messages[:first]), content)
 
 
 def known_result(output: Mapping[str, Any]) -> str:
