@@ -175,7 +175,9 @@ async def coming_back(at: Scene, found: Findings) -> str:
                 while True:
                     stats = await connections[name].get("/v1/pool/stats")
                     gone = name != "elsewhere" or not any(kept.iterdir())
-                    spares = stats["spares"].get("agent", 0)  # one of these tools, and of a session's where there is room
+                    spares = stats["spares"].get(
+                        "agent", 0
+                    )  # one of these tools, and of a session's where there is room
                     if gone and not stats["active_users"] and spares >= wanted[name]:
                         break
                     await asyncio.sleep(0.05)

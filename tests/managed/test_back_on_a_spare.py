@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,24 @@ async def test_a_hibernated_session_goes_on_on_a_spare(reachable_tmp_path: Path,
         assert resumed(server, session), "no spare waits, and the transcript is exact"
         assert "echo plum" in await recalled(client, session)
         assert errors(await history(client, session)) == []
+
+
+async def test_a_spare_knows_which_files_the_conversation_has_read(reachable_tmp_path: Path) -> None:
+    root = reachable_tmp_path
+    read = message('[[tool Read {"file_path":"/work/file"}]] [[then]]')
+    async with running(root / "one", **settings(root, "bwrap")) as server, sdk(server) as client:
+        session = (await new_session(client, tools=TOOLS)).id
+        await turn(client, session, shell("echo plum > file"))
+        await turn(client, session, read)
+        await hibernated(server, session)
+        await turn(client, session, shell("echo fig >> file"))
+        assert not resumed(server, session)
+        assert "changed on disk since you last read it" in json.dumps(server.upstream.requests[-1].body["messages"])
+        # That the model was shown the change is no message of the conversation: it is in the CLI's transcript alone.
+        await hibernated(server, session)
+        await turn(client, session, message("good morning"))
+        assert resumed(server, session)
+        assert "changed on disk since you last read it" in json.dumps(server.upstream.requests[-1].body["messages"])
 
 
 @LEVELS
