@@ -188,7 +188,7 @@ async def coming_back(at: Scene, found: Findings) -> str:
             one = returning.get(name) or conversation(name, number)
             reply = await one.ask(f"good morning {number}")
             if reply.kind != (expected := "cold" if name == "resumed" else "spare"):
-                raise WrongAnswer(f"the answer came from a {reply.kind} process, not from a {expected} one")
+                raise WrongAnswer(f"{name}: the answer came from a {reply.kind} process, not from a {expected} one")
             seen[name].append(reply)
 
         for number in range(rounds):

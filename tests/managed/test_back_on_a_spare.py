@@ -20,7 +20,7 @@ from running_server import Running, running
 pytestmark = [pytest.mark.anyio, pytest.mark.real_cli]
 
 TOOLS = [{"type": "agent_toolset_20260401", "default_config": {"permission_policy": {"type": "always_allow"}}}]
-LEVELS = pytest.mark.parametrize("level", ["none", "bwrap"])
+LEVELS = pytest.mark.parametrize("level", [level.value for level in Level])
 
 
 def settings(root: Path, level: str, **more: Any) -> dict[str, Any]:
