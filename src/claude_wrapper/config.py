@@ -327,6 +327,15 @@ class Settings:
         "Master key of the vault (base64 of 32 bytes); default: a file of mode 0600 in the data directory.",
         secret=True,
     )
+    kms_client: str | None = setting(
+        None,
+        "Keep the vault's master key in a KMS: `package.module:function`, which is called without arguments and gives a client (`claude_wrapper.vault.keys.KmsClient`). Needs `KMS_KEYS`, excludes `MASTER_KEY`.",
+    )
+    kms_keys: tuple[str, ...] = setting(
+        (),
+        "Names of the KMS's keys (an ARN, a resource name), separated by commas: new data keys are wrapped with the first one, the others can still be read.",
+        kind="list",
+    )
     key_pepper: str | None = setting(
         None,
         "Secret under which API keys are stored (replicas share it); default: a file of mode 0600 in the data directory.",

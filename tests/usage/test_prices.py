@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from claude_wrapper.errors import ConfigurationError, InvalidRequest, PermissionDenied
+from claude_wrapper.ids import RandomIds
 from claude_wrapper.storage import Database
+from claude_wrapper.tenancy.audit import Scribe
 from claude_wrapper.tenancy.principal import operator, user_principal
 from claude_wrapper.tenancy.scopes import Role
 from claude_wrapper.testing.clock import ManualClock
@@ -154,12 +156,12 @@ async def test_an_organisations_own_prices_come_first_and_the_row_tells_by_which
     assert (listed.micros, listed.version) == (2_000_000, "2026-11-20")
     own = Dated("claude-sonnet-5", datetime(2026, 2, 1, tzinfo=UTC), Price(1, 1, 1, 1, 1))
     async with database.transaction() as tx:
-        await prices.set_own(tx, acting, own, clock=clock)
-        await prices.set_own(tx, acting, own, clock=clock)
+        await prices.set_own(tx, acting, Scribe(clock, RandomIds()), own)
+        await prices.set_own(tx, acting, Scribe(clock, RandomIds()), own)
         assert await prices.list_own(tx, acting) == (own,)
         assert await prices.list_own(tx, operator().acting_in("org_2")) == ()
         with pytest.raises(PermissionDenied):
-            await prices.set_own(tx, user_principal("org_1", "u", Role.OWNER), own, clock=clock)
+            await prices.set_own(tx, user_principal("org_1", "u", Role.OWNER), Scribe(clock, RandomIds()), own)
     assert (await book.micros("org_1", "claude-sonnet-5-5", used, NOW)) == 2_000_000, "kept in memory for a minute"
     book.forget("org_1")
     priced = await book.priced("org_1", "claude-sonnet-5-5", used, NOW)
@@ -177,13 +179,14 @@ async def test_an_organisations_own_prices_come_first_and_the_row_tells_by_which
 async def test_an_own_price_can_be_taken_back(database: Database) -> None:
     acting = operator().acting_in("org_1")
     own = Dated("claude", datetime(2026, 2, 1, tzinfo=UTC), Price(1, 1, 1, 1, 1))
+    scribe = Scribe(ManualClock(), RandomIds())
     async with database.transaction() as tx:
-        await prices.set_own(tx, acting, own, clock=ManualClock())
-        assert await prices.remove_own(tx, acting, "claude", own.effective_from)
-        assert not await prices.remove_own(tx, acting, "claude", own.effective_from)
+        await prices.set_own(tx, acting, scribe, own)
+        assert await prices.remove_own(tx, acting, scribe, "claude", own.effective_from)
+        assert not await prices.remove_own(tx, acting, scribe, "claude", own.effective_from)
         assert await prices.list_own(tx, acting) == ()
         with pytest.raises(InvalidRequest):
-            await prices.set_own(tx, acting, Dated("", NOW, own.price), clock=ManualClock())
+            await prices.set_own(tx, acting, scribe, Dated("", NOW, own.price))
 
 
 def test_the_packaged_file_tells_operators_to_review_it() -> None:

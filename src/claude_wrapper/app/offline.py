@@ -100,6 +100,10 @@ async def migrate(settings: Settings) -> tuple[str | None, str | None]:
 
 def add_master_key(settings: Settings) -> str:
     """Put a new key first into the key file, the old ones beside it; its id. Raises ConfigurationError."""
+    if settings.kms_client:
+        raise ConfigurationError(
+            "the master key is in a KMS: make the new one there, and put its name first in KMS_KEYS"
+        )
     if settings.master_key:
         raise ConfigurationError(
             "the master key comes from CLAUDE_WRAPPER_MASTER_KEY: put a new one before it there, separated by a comma"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable
@@ -54,7 +55,14 @@ from claude_wrapper.usage import Ledger, LedgerCounts, LedgerSettings, PriceBook
 from claude_wrapper.usage.prices import CHANNEL as PRICES_CHANNEL
 from claude_wrapper.vault.credentials import CHANNEL as VAULT_CHANNEL
 from claude_wrapper.vault.credentials import Rules
-from claude_wrapper.vault.keys import LocalMasterKey, MasterKey, create_key_file, parse_keys, read_key_file
+from claude_wrapper.vault.keys import (
+    KmsMasterKey,
+    LocalMasterKey,
+    MasterKey,
+    create_key_file,
+    parse_keys,
+    read_key_file,
+)
 from claude_wrapper.vault.kinds import UrlPolicy
 from claude_wrapper.vault.oauth import OAuthRefresher, OAuthSettings
 from claude_wrapper.vault.orgkeys import OrgKeys, unseal
@@ -276,12 +284,27 @@ def database_url_of(settings: Settings, data_dir: Path) -> str:
 
 def master_key_of(settings: Settings, data_dir: Path) -> MasterKey:
     """The vault's master key; made at the first start of all. Raises ConfigurationError."""
+    if settings.kms_client:
+        return _kms_of(settings, settings.kms_client)
     if settings.master_key:
         return LocalMasterKey(parse_keys(settings.master_key, source="CLAUDE_WRAPPER_MASTER_KEY"))
     path = data_dir / MASTER_KEY_FILE
     with contextlib.suppress(FileExistsError):
         create_key_file(path)
     return LocalMasterKey(read_key_file(path))
+
+
+def _kms_of(settings: Settings, name: str) -> MasterKey:
+    """Master keys in the KMS that the operator's own code speaks to."""
+    if settings.master_key or not settings.kms_keys:
+        raise ConfigurationError("CLAUDE_WRAPPER_KMS_CLIENT needs CLAUDE_WRAPPER_KMS_KEYS, and no MASTER_KEY beside it")
+    module, _, function = name.partition(":")
+    try:
+        client = getattr(importlib.import_module(module), function)()
+    except Exception as error:
+        raise ConfigurationError(f"CLAUDE_WRAPPER_KMS_CLIENT: {name} gives no client: {error}") from error
+    primary, *readable = settings.kms_keys
+    return KmsMasterKey(client, primary, readable)
 
 
 def pepper_of(settings: Settings, data_dir: Path) -> bytes:

@@ -18,6 +18,7 @@ from claude_wrapper.clock import Clock
 from claude_wrapper.errors import ConfigurationError, InvalidRequest, StorageUnavailable
 from claude_wrapper.storage import Database, announce, dialects
 from claude_wrapper.storage.tables.usage import usage_prices
+from claude_wrapper.tenancy.audit import Scribe
 from claude_wrapper.tenancy.principal import Principal, require_operator
 from claude_wrapper.usage.cost import Price, micros
 from claude_wrapper.usage.entries import Priced
@@ -204,7 +205,7 @@ async def list_own(tx: AsyncConnection, principal: Principal) -> tuple[Dated, ..
     return tuple(Dated(row["model"], row["effective_from"], Price.parse(row["price"])) for row in rows.mappings())
 
 
-async def set_own(tx: AsyncConnection, principal: Principal, dated: Dated, *, clock: Clock) -> None:
+async def set_own(tx: AsyncConnection, principal: Principal, scribe: Scribe, dated: Dated) -> None:
     """Set an organisation's own price from a moment on: the operator's to do. Calls already recorded keep their cost."""
     require_operator(principal)
     if not dated.model or len(dated.model) > 200:
@@ -218,13 +219,16 @@ async def set_own(tx: AsyncConnection, principal: Principal, dated: Dated, *, cl
             model=dated.model,
             effective_from=dated.effective_from,
             price=dated.price.to_json(),
-            created_at=clock.now(),
+            created_at=scribe.now(),
         )
     )
+    await scribe.record(tx, principal, "price.set", ("price", dated.model), after=_audited(dated))
     announce(tx, CHANNEL, principal.org.encode())
 
 
-async def remove_own(tx: AsyncConnection, principal: Principal, model: str, effective_from: datetime) -> bool:
+async def remove_own(
+    tx: AsyncConnection, principal: Principal, scribe: Scribe, model: str, effective_from: datetime
+) -> bool:
     """Remove an own price; whether there was one."""
     require_operator(principal)
     same = (
@@ -233,5 +237,13 @@ async def remove_own(tx: AsyncConnection, principal: Principal, model: str, effe
         usage_prices.c.effective_from == effective_from,
     )
     removed = await tx.execute(sa.delete(usage_prices).where(*same))
+    if not removed.rowcount:
+        return False
+    since = {"effective_from": effective_from.isoformat()}
+    await scribe.record(tx, principal, "price.remove", ("price", model), before=since)
     announce(tx, CHANNEL, principal.org.encode())
-    return bool(removed.rowcount)
+    return True
+
+
+def _audited(dated: Dated) -> dict[str, Any]:
+    return {"effective_from": dated.effective_from.isoformat(), **dated.price.to_json()}

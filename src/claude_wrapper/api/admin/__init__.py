@@ -14,6 +14,7 @@ from claude_wrapper.api.admin import (
     organizations,
     people,
     policies,
+    prices,
     reports,
     workspaces,
 )
@@ -29,6 +30,7 @@ TABLE: tuple[AdminRoute, ...] = (
     *limits.ROUTES,
     *budgets.ROUTES,
     *policies.ROUTES,
+    *prices.ROUTES,
     *canary.ROUTES,
     *reports.ROUTES,
     *organizations.BY_ID,
