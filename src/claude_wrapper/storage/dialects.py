@@ -39,7 +39,8 @@ class UtcDateTime(TypeDecorator[datetime]):
             return None
         if value.tzinfo is None:
             raise ValueError("times are stored in UTC: give an aware datetime")
-        value = value.astimezone(UTC)
+        if value.tzinfo is not UTC:
+            value = value.astimezone(UTC)
         return value.replace(tzinfo=None) if dialect.name == SQLITE else value
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
