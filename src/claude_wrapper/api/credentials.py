@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from claude_wrapper.broker.calls import CacheTerms, Credential, CredentialKind
 from claude_wrapper.broker.fallback import standby_of
-from claude_wrapper.errors import CredentialMissing, PermissionDenied
+from claude_wrapper.errors import CredentialMissing, InvalidRequest, PermissionDenied
 from claude_wrapper.tenancy.policies import Policies
 from claude_wrapper.tenancy.policybook import PolicyBook
 from claude_wrapper.tenancy.principal import ActorKind, Principal
@@ -16,6 +17,9 @@ from claude_wrapper.tenancy.scopes import Role, scopes_of
 from claude_wrapper.vault.kinds import CredentialKind as VaultKind
 from claude_wrapper.vault.resolve import Leased, Resolver
 from claude_wrapper.wire.extensions import OAuthCredentials
+
+HEADER: Final = "cw-credential"
+"""Names the stored credential that is to serve a request."""
 
 _OAUTH_REFUSED = (
     "oauth_credentials: this server does not take subscription OAuth tokens. They are for their own owner's use under "
@@ -25,16 +29,21 @@ _OAUTH_REFUSED = (
 
 @dataclass(frozen=True, slots=True)
 class UpstreamCredentials:
-    """Request's own → the caller's stored one → the operator's, for the operator's own people."""
+    """Request's own, or the one that it names → the caller's stored one → the operator's, for the operator's own people."""
 
     resolver: Resolver
     upstream_url: str
     allow_oauth: bool
     policies: PolicyBook
 
-    async def choose(self, principal: Principal, oauth: OAuthCredentials | None) -> Credential:
-        """Raises PermissionDenied for OAuth tokens that are not allowed, CredentialMissing when there is none."""
+    async def choose(
+        self, principal: Principal, oauth: OAuthCredentials | None, *, named: str | None = None
+    ) -> Credential:
+        """Raises PermissionDenied for OAuth tokens that are not allowed, CredentialMissing when there is none, NotFound
+        for a `named` one that does not serve the caller."""
         if oauth is not None:
+            if named is not None:
+                raise InvalidRequest("cannot be given together with oauth_credentials", field=HEADER)
             if not self.allow_oauth:
                 raise PermissionDenied(_OAUTH_REFUSED)
             return Credential(
@@ -44,8 +53,8 @@ class UpstreamCredentials:
                 base_url=self.upstream_url,
             )
         policies = await self.policies.of(principal)
-        if not policies.fallback_credentials:
-            return _with(policies, presented(await self.resolver.lease(principal)))
+        if named is not None or not policies.fallback_credentials:
+            return _with(policies, presented(await self.resolver.lease(principal, named=named)))
         first, *others = await self.resolver.lease_all(principal)
         return _with(policies, presented(first), [presented(one) for one in others if _signed(one)])
 

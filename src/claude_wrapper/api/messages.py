@@ -14,6 +14,7 @@ from starlette.responses import Response
 from claude_wrapper.api import errors, sse
 from claude_wrapper.api.bodies import read_body
 from claude_wrapper.api.caching import cache_use
+from claude_wrapper.api.credentials import HEADER as CREDENTIAL_HEADER
 from claude_wrapper.api.deadlines import turn_seconds
 from claude_wrapper.api.state import Deps, deps_of
 from claude_wrapper.api.translate import Translated, owner_of, pooled_turn, turn_for
@@ -69,7 +70,8 @@ async def _create_pooled(request: Request, deps: Deps, body: bytes) -> Response:
 
 async def _translate(request: Request, deps: Deps, parsed: MessagesRequest) -> Translated:
     principal = await _principal(request, deps, parsed)
-    credential = await deps.credentials.choose(principal, parsed.oauth_credentials)
+    named = request.headers.get(CREDENTIAL_HEADER)
+    credential = await deps.credentials.choose(principal, parsed.oauth_credentials, named=named)
     api_version = request.headers.get("anthropic-version", "")
     thread = _thread(parsed, principal, deps)
     policy = await deps.security(principal.org)

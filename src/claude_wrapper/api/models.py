@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from claude_wrapper.api.bodies import read_body
 from claude_wrapper.api.caching import cache_use
+from claude_wrapper.api.credentials import HEADER as CREDENTIAL_HEADER
 from claude_wrapper.api.state import deps_of
 from claude_wrapper.errors import InvalidRequest, PermissionDenied
 from claude_wrapper.ids import well_formed
@@ -43,7 +44,7 @@ async def _forward(
     principal.require(scope)
     if model is not None and not principal.may_use(model):
         raise PermissionDenied(f"model: this key may not use {model}")
-    credential = await deps.credentials.choose(principal, None)
+    credential = await deps.credentials.choose(principal, None, named=request.headers.get(CREDENTIAL_HEADER))
     use = cache_use(request.headers)
     answer = await deps.direct.ask(credential, method, path, body, org=principal.org, use=use)
     headers = {"cw-cache": answer.cache} if answer.cache is not None else None

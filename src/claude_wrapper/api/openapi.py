@@ -68,6 +68,14 @@ _CACHE_PARAMETER: Final = {
     "schema": {"enum": ["use", "refresh", "bypass"]},
 }
 
+_CREDENTIAL_PARAMETER: Final = {
+    "name": "cw-credential",
+    "in": "header",
+    "required": False,
+    "description": "Id of the stored upstream credential that is to serve this request.",
+    "schema": {"type": "string"},
+}
+
 _REQUEST_EXAMPLE: Final = {
     "model": "claude-sonnet-5-5",
     "max_tokens": 1024,
@@ -125,7 +133,7 @@ _PATHS: Final[dict[str, dict[str, Any]]] = {
         "post": {
             "summary": "Create a Message",
             "description": "The Anthropic Messages API. Extensions: `session_id` names a conversation, `agent` asks for agent behaviour, `mcp_servers` gives the agent tools.",
-            "parameters": [_CACHE_PARAMETER],
+            "parameters": [_CACHE_PARAMETER, _CREDENTIAL_PARAMETER],
             "requestBody": {
                 "required": True,
                 "content": {

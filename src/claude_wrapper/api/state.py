@@ -44,8 +44,11 @@ from claude_wrapper.wire.extensions import OAuthCredentials
 class Credentials(Protocol):
     """Which upstream credential a request is served with."""
 
-    async def choose(self, principal: Principal, oauth: OAuthCredentials | None) -> Credential:
-        """Raises PermissionDenied for OAuth tokens that are not allowed, CredentialMissing when there is none."""
+    async def choose(
+        self, principal: Principal, oauth: OAuthCredentials | None, *, named: str | None = None
+    ) -> Credential:
+        """Raises PermissionDenied for OAuth tokens that are not allowed, CredentialMissing when there is none, NotFound
+        for a `named` one that does not serve the caller."""
         ...
 
     def owner_of(self, oauth: OAuthCredentials) -> Principal:
