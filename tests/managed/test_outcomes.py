@@ -10,6 +10,7 @@ import pytest
 from anthropic import AsyncAnthropic
 
 from claude_wrapper.sessions import evaluation
+from databases import scalar
 from managed.driving import MODEL, WEATHER, history, message, new_session, texts, turn, until_idle
 from managed.graded import asked_call_cut, asked_of_grader, ends, outcome, shown_to, spans, verdict
 from managed.workspaces import TOOLS
@@ -62,6 +63,11 @@ async def test_an_outcome_that_is_met_at_once_ends_the_session_satisfied(
     agent = sum(one.model_usage.output_tokens for one in events if one.type == "span.model_request_end")
     assert found.usage.output_tokens == (before or 0) + agent + end.usage.output_tokens, "metered as the session's"
     assert (await history(client, session))[-1].id == events[-1].id
+    database = server.server.app.state.deps.tenants.database
+    async with asyncio.timeout(20):  # the ledger is written behind the answer
+        query = "SELECT sum(output_tokens) FROM usage_calls WHERE session_id = :one"
+        while await scalar(database, query, one=session) != found.usage.output_tokens:
+            await asyncio.sleep(0.05)
 
 
 async def test_what_is_missing_is_told_to_the_agent_until_it_is_there(client: AsyncAnthropic, server: Running) -> None:

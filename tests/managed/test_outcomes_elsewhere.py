@@ -93,6 +93,31 @@ async def test_a_holder_that_is_killed_in_mid_evaluation_leaves_it_to_the_other_
     assert found.outcome_evaluations[0].result == "satisfied"
 
 
+@pytest.mark.parametrize("stores", ["postgres and redis"], indirect=True)
+async def test_a_server_that_drains_waits_for_the_verdict_and_leaves_the_revision_to_another(
+    reachable_tmp_path: Path, stores: dict[str, str]
+) -> None:
+    slow = "[[first 3000]] " + verdict("needs_revision", "[[say better]]")
+    async with ScriptedUpstream() as upstream, AsyncExitStack() as stack:
+        one = await stack.enter_async_context(replica(reachable_tmp_path / "one", upstream, **stores))
+        other = await stack.enter_async_context(replica(reachable_tmp_path / "other", upstream, **stores))
+        async with one.sdk() as client:
+            session = (await new_session(client)).id
+            definition = outcome("[[say draft]]", slow, verdict("satisfied", "good"))
+            await client.beta.sessions.events.send(session, events=[definition])
+            async with asyncio.timeout(30):
+                await upstream.wait_for(2)
+        one.signal(signal.SIGTERM)
+        async with other.sdk() as client, asyncio.timeout(60):
+            while (await client.beta.sessions.retrieve(session)).status != "idle":
+                await asyncio.sleep(0.05)
+            log = await history(client, session)
+        assert await one.gone() == 0
+        assert spans(log) == ["start", "end", "start", "end"], "nobody asked for the first verdict again"
+        assert texts(log) == ["draft", "better"]
+        assert len(upstream.calls) == 4
+
+
 async def test_outcomes_are_refused_by_name_under_an_oauth_credential(reachable_tmp_path: Path) -> None:
     settings = {**SETTINGS, "allow_oauth": True}
     async with running(reachable_tmp_path, **settings) as server, sdk(server) as client:

@@ -7,7 +7,7 @@ session, so that it can be listed, streamed and continued through the other.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -153,9 +153,14 @@ class Doors:
         if conversation is not None:
             await self._conversations.end(conversation.owner, session.id)
 
-    def give_back(self) -> list[str]:
-        """Let others have what is held here, does nothing and has no files; the sessions that are given back."""
-        given = [one for one in self._conversations.at_rest() if _fence_of(one) is not None]
+    def give_back(self, at_work: Container[str]) -> list[str]:
+        """Let others have what is held here, does nothing and has no files; the sessions that are given back.
+
+        Not those `at_work`: something of theirs runs without a process.
+        """
+        given = [
+            one for one in self._conversations.at_rest() if one.session not in at_work and _fence_of(one) is not None
+        ]
         for conversation in given:
             self._conversations.let_go(conversation)
         return [one.session for one in given]

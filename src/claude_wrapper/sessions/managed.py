@@ -330,13 +330,13 @@ class ManagedSessions:
         Sessions without files are given back as they come to rest, the others when the server has stopped.
         """
         self._closed = True
-        for session in self.doors.give_back():
+        for session in self.doors.give_back(self._runners):
             await self.call(None, session)
         for runner in list(self._runners.values()):
             runner.drain()
         while self._tasks:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-            for session in self.doors.give_back():
+            for session in self.doors.give_back(self._runners):
                 await self.call(None, session)
 
     async def close(self) -> None:
