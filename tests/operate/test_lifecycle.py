@@ -101,6 +101,20 @@ async def test_a_stream_that_outlasts_the_drain_is_cut_and_the_exit_is_still_cle
         assert upstream.calls[-1].cancelled
 
 
+async def test_whoever_still_waits_when_the_drain_is_over_is_told_so(reachable_tmp_path: Path) -> None:
+    async with served(reachable_tmp_path, drain_seconds="1", max_processes="1", spares="0") as (server, upstream, http):
+        running = asyncio.ensure_future(http.post("/v1/messages", json=body("[[hang]]")))
+        await upstream.wait_for(1)
+        queued = asyncio.ensure_future(http.post("/v1/messages", json=body("[[say waited]]")))
+        while "pool_waiting 1.0" not in await (await http.get("/metrics")).text():
+            await asyncio.sleep(0.02)
+        server.signal(signal.SIGTERM)
+        for answer in (await running, await queued):
+            assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+            assert (await answer.json())["error"]["code"] == "draining"
+        assert await server.ended(30) == 0
+
+
 @pytest.mark.parametrize("sandbox", SANDBOXES)
 async def test_sigkill_of_the_server_leaves_no_process(reachable_tmp_path: Path, sandbox: str) -> None:
     async with served(reachable_tmp_path, sandbox=sandbox_or_skip(sandbox)) as (server, upstream, http):

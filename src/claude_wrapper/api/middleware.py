@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -9,7 +10,9 @@ from typing import Any, Protocol
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from claude_wrapper.api import errors
 from claude_wrapper.clock import Clock
+from claude_wrapper.errors import Draining
 from claude_wrapper.ids import REQUEST, Ids
 from claude_wrapper.telemetry import context
 
@@ -121,6 +124,12 @@ class RequestContext:
             scope["not_waited_for"] = leave
             try:
                 await self.app(scope, receive, send_with_id)
+            except asyncio.CancelledError:
+                if not seen.status:  # the drain is over: whoever has no answer yet is told to ask elsewhere
+                    seen.fields["error"] = Draining.code
+                    over = Draining("the server stopped before it could answer; send the request again", retry_after=1)
+                    await errors.response(over, request_id)(scope, receive, send_with_id)
+                raise
             except Exception:
                 seen.status = seen.status or 500  # answered further out
                 raise

@@ -83,6 +83,8 @@ class Asker:
                         return await refused(response, replica)
             except TimeoutError:
                 return Reply("unclear", detail=f"no answer within {ANSWER_SECONDS:g} s", replica=replica.number)
+            except aiohttp.ContentTypeError as error:
+                return Reply("unclear", error.status, None, "an answer that is no JSON", replica=replica.number)
             except (aiohttp.ClientError, ConnectionError) as error:
                 if at is None:  # whoever asks a certain one looks whether it is there
                     self.fleet.lost(replica, began, f"{method} {path}: {type(error).__name__}")

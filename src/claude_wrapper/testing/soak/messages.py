@@ -117,6 +117,8 @@ class MessagesConversation:
                     return _Answer(Reply(how, status, None, "", request, at), text, process, answer["content"])
         except TimeoutError:
             reply = Reply("unclear", status, None, f"no answer within {ANSWER_SECONDS:g} s", request, at)
+        except aiohttp.ContentTypeError:
+            reply = Reply("unclear", status, None, "an answer that is no JSON", request, at)
         except (aiohttp.ClientError, ConnectionError) as error:
             name = type(error).__name__
             asker.fleet.lost(replica, began, f"{turn.nonce}: {name}")
