@@ -1,7 +1,8 @@
 """The server alone, on a process that costs nothing: requests a second and CPU per streamed event.
 
 Neither a model nor the broker takes part; what is left is HTTP, authentication, the conversation, the pool, the pipe to
-the process and the translation of its frames.
+the process and the translation of its frames. A named conversation is also written to the durable event log: that is most
+of what its requests cost.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from bench.figures import Figure, Findings
 from bench.processes import ServerProcess, exact_cpu_seconds
 
 WORD = "word "  # what the stub says per event
+_TOGETHER = "stub, client and server on the same cores"
+_WRITTEN = "five events each, written to the event log in two or three transactions"
 _ORIGINAL_US_PER_EVENT = 1400.0
 """What the system that this one replaces took per streamed event."""
 
@@ -40,10 +43,17 @@ async def measure(at: Scene) -> Findings:
         connections = [await stack.enter_async_context(Connection(running)) for _ in range(conversations_count)]
         rates: list[float] = []
         per_request: list[float] = []
+        unnamed_rates: list[float] = []
+        per_unnamed: list[float] = []
         bursts: list[float] = []
         paced: list[float] = []
         for block in range(blocks):
-            # Named ones: a history that is sent again and grows would be measured with it.
+            unnamed = [Conversation(connection) for connection in connections]
+            # Each with a beginning of its own: conversations are told apart by what was said.
+            await asyncio.gather(*(one.ask(f"hello {n}", expect=WORD * 5) for n, one in enumerate(unnamed)))
+            rate, cpu = await _requests(unnamed, running, seconds)
+            unnamed_rates.append(rate)
+            per_unnamed.append(cpu * 1e6)
             conversations = [
                 Conversation(connection, session=f"alone-{block}-{number}")
                 for number, connection in enumerate(connections)
@@ -56,8 +66,10 @@ async def measure(at: Scene) -> Findings:
             paced.append(await _events(conversations, running, int(seconds * 50), 20, cpu))
             at.progress.step("the server alone", block + 1, blocks)
     found.figures += [
-        Figure("requests a second (five events each)", "/s", rates, note="stub, client and server on the same cores"),
-        Figure("CPU of the server per request", "µs", per_request, note="five events each"),
+        Figure("requests a second (five events each)", "/s", unnamed_rates, note=_TOGETHER),
+        Figure("CPU of the server per request", "µs", per_unnamed, note="five events each, with a history that grows"),
+        Figure("requests a second of named conversations", "/s", rates, note=_TOGETHER),
+        Figure("CPU of the server per request of a named conversation", "µs", per_request, note=_WRITTEN),
         Figure("CPU per event, 16 streams of 50 a second", "µs", paced, target=_ORIGINAL_US_PER_EVENT),
         Figure("CPU per event, as fast as it goes", "µs", bursts, target=_ORIGINAL_US_PER_EVENT),
     ]
