@@ -356,12 +356,6 @@ class Calls(Observer):
             self._metrics.breaker_openings.inc(provider=provider)
         log.warning("upstream.breaker_changed", provider=provider, credential_id=credential_id, state=str(state))
 
-    def mcp(self, binding: Binding, server: str, method: str, status: int, seconds: float) -> None:
-        del seconds
-        outcome = "ok" if status < 400 else "authentication" if status in (401, 403) else "status"
-        self._metrics.mcp_calls.inc(step="other", outcome=outcome)
-        log.info("mcp.called", org=binding.org, session=binding.session, server=server, method=method, status=status)
-
     def mcp_message(self, method: str, outcome: str, seconds: float) -> None:
         step = _MCP_STEPS.get(method, "other")
         self._metrics.mcp_calls.inc(step=step, outcome=outcome)

@@ -216,9 +216,6 @@ class Observer:
     def egress(self, slot: str, host: str, port: int, allowed: bool, reason: str) -> None:
         """A process asked to connect to `host:port` through the egress proxy."""
 
-    def mcp(self, binding: Binding, server: str, method: str, status: int, seconds: float) -> None:
-        """A process's request to a remote MCP server ended."""
-
     def mcp_message(self, method: str, outcome: str, seconds: float) -> None:
         """A message that the server sent to a remote MCP server for a process; `outcome` is one of `bridge.Outcome`."""
 

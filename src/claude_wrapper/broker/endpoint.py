@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from claude_wrapper import ids
-from claude_wrapper.broker import bodies, canned, inject, mcp, policy
+from claude_wrapper.broker import bodies, canned, inject, policy
 from claude_wrapper.broker.asking import Order
 from claude_wrapper.broker.calls import DONE_BY_CLIENT, Binding, TurnContext, UpstreamCall
 from claude_wrapper.broker.exchange import Exchange
 from claude_wrapper.broker.http1 import Connection, Handler, Head, Reply
-from claude_wrapper.broker.mcp import McpAsk, McpServer
 from claude_wrapper.broker.means import Means
 from claude_wrapper.broker.policy import Kind, Route
 from claude_wrapper.broker.refusals import NO_TURN, TOO_MANY_CALLS, UNBOUND, WRONG_TOKEN, Refused, refuse
@@ -62,8 +61,6 @@ class Endpoint:
         self._in_work = 0
         self._buffered = 0
         self._main_failed = False
-        self._mcp: dict[str, McpServer] = {}
-        self._mcp_requests: set[asyncio.Task[None]] = set()
 
     # What sessions and pool use --------------------------------------------------------------------------------------
 
@@ -76,7 +73,7 @@ class Endpoint:
         if self._binding is not None and self._binding.org != binding.org:
             raise Conflict(f"slot {self.slot} is still bound to another organisation")
         if self._binding is not None and self._binding.session != binding.session:
-            self.unbind()  # nothing of one session (its calls, its MCP servers) goes on under the next
+            self.unbind()  # no call of one session goes on under the next
         self._binding = binding
 
     def unbind(self) -> None:
@@ -84,7 +81,6 @@ class Endpoint:
         self._binding = None
         self._turn = None
         self._model = None
-        self.serve_mcp(())
         for exchange in self._running:
             exchange.cancel()
 
@@ -118,19 +114,6 @@ class Endpoint:
     async def cancel_calls(self) -> None:
         """Cut what is in flight (the caller has gone); the turn goes on."""
         await self._stop(list(self._running))
-
-    def serve_mcp(self, servers: Iterable[McpServer]) -> None:
-        """Remote MCP servers that the process reaches at `mcp_url(name)` from now on. Requests to others are cut."""
-        self._mcp = {server.name: server for server in servers}
-        for request in self._mcp_requests:
-            request.cancel()
-
-    def mcp_url(self, name: str) -> str:
-        """What the CLI is told as a server's URL, with the header `x-api-key: <token>`.
-
-        Only for endpoints without a socket: the CLI's MCP client does not use its unix socket (see `bridge`).
-        """
-        return f"{self.base_url}/mcp/{name}"
 
     @contextlib.contextmanager
     def prime(self) -> Iterator[None]:
@@ -244,9 +227,6 @@ class Endpoint:
         binding = self._binding
         if binding is None:
             raise Refused(UNBOUND)
-        if route.kind is Kind.MCP:
-            await self._pass_to_mcp(binding, route, head, body, reply)
-            return
         if self._replay is not None and route.kind is Kind.MESSAGES and self._replayed(binding, body, reply):
             return
         order = self._order(binding, route, head, body)
@@ -265,24 +245,6 @@ class Endpoint:
         message_id = self._means.ids.new(ids.MESSAGE)
         reply.whole(200, [("content-type", "text/event-stream")], canned.replay(asked.model, message_id, content))
         return True
-
-    async def _pass_to_mcp(self, binding: Binding, route: Route, head: Head, body: bytes, reply: Reply) -> None:
-        server = self._mcp.get(route.mcp)
-        task = asyncio.current_task()
-        if server is None or task is None:
-            raise refuse(404, "not_found_error", "There is no such MCP server.")
-        clock, status = self._means.clock, 0
-        began = clock.monotonic()
-        self._mcp_requests.add(task)
-        try:
-            ask = McpAsk(head.method, head.headers, body or None)
-            status = await mcp.pass_on(self._means.mcp, server, ask, reply)
-        except Refused as refused:
-            status = refused.refusal.status
-            raise
-        finally:
-            self._mcp_requests.discard(task)
-            self._means.observer.mcp(binding, server.name, head.method, status, clock.monotonic() - began)
 
     def _order(self, binding: Binding, route: Route, head: Head, body: bytes) -> Order:
         turn = self._turn

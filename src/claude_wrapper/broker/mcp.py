@@ -1,14 +1,12 @@
 """Remote MCP servers: asked from out here, with credentials that the process never sees.
 
-Two ways in: a process with a loopback endpoint uses `/mcp/<name>` on it (`pass_on`); for a process on a unix socket, whose
-MCP client cannot use that socket (CLI 2.1.327: only model calls go there), the server bridges the CLI's `mcp_message`
-control requests (`claude_wrapper.broker.bridge`). Both go through `McpClient`: addresses are checked after resolution and
-the checked one is dialled, redirects are followed one by one and checked again, size and time are bounded.
+The server bridges the CLI's `mcp_message` control requests (`claude_wrapper.broker.bridge`) through `McpClient`:
+addresses are checked after resolution and the checked one is dialled, redirects are followed one by one and checked
+again, size and time are bounded.
 """
 
 from __future__ import annotations
 
-import asyncio
 import io
 import ipaddress
 import socket
@@ -21,20 +19,15 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from multidict import CIMultiDict
 from yarl import URL
 
-from claude_wrapper.broker import inject
 from claude_wrapper.broker.addresses import Network, forbidden
 from claude_wrapper.broker.hosts import Resolver, SystemResolver, addresses_of, canonical
-from claude_wrapper.broker.http1 import Reply
 from claude_wrapper.broker.inject import Headers
-from claude_wrapper.broker.refusals import refuse
-from claude_wrapper.broker.upstream import Answer, UpstreamFailure, failure_of
+from claude_wrapper.broker.upstream import Answer, failure_of
 from claude_wrapper.errors import PermissionDenied, UpstreamUnavailable, WrapperError
 from claude_wrapper.wire.extensions import FRAMING
 
 MAX_REDIRECTS = 3
 _SENT_ON = frozenset({"accept", "content-type", "last-event-id", "user-agent", "traceparent", "tracestate"})
-_NOT_BACK = frozenset({"www-authenticate", "location", "refresh"})
-"""A process must not be sent off to log in, or elsewhere, by itself."""
 
 
 class McpCredential(Protocol):
@@ -66,8 +59,6 @@ class McpServer:
     """Time for one message, its answer included."""
     connect_seconds: float = 10.0
     """Time for what a turn waits for before its model is asked: `initialize` and the lists."""
-    listen_seconds: float = 3600.0
-    """Time that a listening stream (GET) stays open; clients connect anew."""
     max_answer_bytes: int = 16 * 1024 * 1024
     legacy: bool = False
     """Speaks the transport of 2024-11-05; one that turns out to is found out."""
@@ -199,50 +190,6 @@ class McpClient:
                 raise PermissionDenied(str(found)) from error
             raise UpstreamUnavailable(failure_of(error).message.replace("upstream", "MCP server")) from error
         return Answer(response)
-
-
-async def pass_on(client: McpClient, server: McpServer, ask: McpAsk, reply: Reply) -> int:
-    """Send a process's request to a server and stream its answer back; the status. Raises `Refused`, or cuts."""
-    seconds = server.listen_seconds if ask.method == "GET" else server.call_seconds
-    answer: Answer | None = None
-    try:
-        async with asyncio.timeout(seconds):
-            answer = await client.ask(server, ask)
-            reply.start(answer.status, await _headers_back(answer, server))
-            await _body_back(answer, server, reply)
-    except TimeoutError as error:
-        if not reply.started:
-            raise refuse(
-                504, "timeout_error", f"MCP server {server.name} did not answer within {seconds:g} s."
-            ) from error
-        reply.cut()
-    except (UpstreamFailure, WrapperError) as error:
-        if not reply.started:
-            status = 403 if isinstance(error, PermissionDenied) else 502
-            raise refuse(status, "api_error", f"MCP server {server.name}: {error}") from error
-        reply.cut()
-    finally:
-        if answer is not None:
-            answer.close()
-    return answer.status if answer is not None else 502
-
-
-async def _headers_back(answer: Answer, server: McpServer) -> Headers:
-    secrets = (await server.credential.headers(refused=False)).values() if server.credential else ()
-    bare = [secret.removeprefix("Bearer ") for secret in secrets]
-    return [pair for pair in inject.downstream_headers(answer.header_pairs(), bare) if pair[0].lower() not in _NOT_BACK]
-
-
-async def _body_back(answer: Answer, server: McpServer, reply: Reply) -> None:
-    size = 0
-    while chunk := await answer.read():
-        size += len(chunk)
-        if size > server.max_answer_bytes:
-            raise UpstreamUnavailable(f"the answer is larger than {server.max_answer_bytes} bytes")
-        reply.feed(chunk)
-        if reply.congested:
-            await reply.drain()
-    reply.finish()
 
 
 async def _credential(server: McpServer, *, refused: bool) -> Mapping[str, str]:

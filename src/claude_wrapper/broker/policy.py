@@ -19,7 +19,6 @@ class Kind(enum.StrEnum):
     MESSAGES = "messages"
     COUNT_TOKENS = "count_tokens"
     MODELS = "models"
-    MCP = "mcp"
     PING = "ping"
 
 
@@ -30,14 +29,10 @@ class Route:
     kind: Kind
     path: str
     query: str = ""
-    mcp: str = ""
-    """Name of the remote MCP server for `Kind.MCP`."""
 
 
 _MODEL = re.compile(r"/v1/models(?:/[A-Za-z0-9](?:[A-Za-z0-9:@_-]|\.(?!\.)){0,127})?\Z")
-_MCP = re.compile(r"/mcp/([A-Za-z0-9](?:[A-Za-z0-9_-]){0,63})\Z")
 _QUERY = re.compile(r"[A-Za-z0-9._~!$&'()*+,=:@/?%-]{0,1024}\Z")
-_MCP_METHODS = frozenset({"GET", "POST", "DELETE"})
 
 
 def decide(method: str, target: str) -> Route:
@@ -51,10 +46,6 @@ def decide(method: str, target: str) -> Route:
         return _only("POST", method, Route(Kind.COUNT_TOKENS, path, query))
     if _MODEL.match(path):
         return _only("GET", method, Route(Kind.MODELS, path, query))
-    if named := _MCP.match(path):
-        if method not in _MCP_METHODS:
-            raise refuse(405, "invalid_request_error", f"{method} is not allowed here.")
-        return Route(Kind.MCP, path, query, named.group(1))
     if path == "/" and method in {"HEAD", "GET"}:
         return Route(Kind.PING, path)  # clients look whether the host is there
     if path.startswith(("/v1/", "/api/")):
