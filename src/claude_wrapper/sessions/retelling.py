@@ -28,7 +28,7 @@ from claude_wrapper.sessions.process import Resume
 from claude_wrapper.sessions.spec import Message
 
 MAX_MESSAGES: Final = 48
-"""With more, telling takes about as long as starting a process does."""
+"""With twice as many, telling takes as long as starting a process does (measured)."""
 _MAX_BYTES: Final = 4 << 20
 """Of a transcript that is looked through."""
 _MAX_FILES: Final = 32
