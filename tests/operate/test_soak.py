@@ -153,6 +153,7 @@ HEARD = replace(BACK, replica=1, reason="by another replica")
     [
         ([RUNNING, BACK, HEARD], True, True),
         ([RUNNING, BACK], True, False),
+        ([replace(BACK, at=14.0), replace(HEARD, at=14.0), BACK, HEARD], True, False),
         ([RUNNING, BACK, replace(HEARD, state="running")], True, False),
         ([RUNNING, HEARD, replace(HEARD, replica=0)], True, False),
         ([RUNNING, replace(RUNNING, at=20.0)], False, True),

@@ -290,7 +290,13 @@ def canary_taken_back(
     name = "a CLI version that breaks is taken back by itself"
     before = max((one.turns for one in looks if broken_at is None or one.at < broken_at), default=0)
     since = [one for one in looks if broken_at is not None and one.at >= broken_at]
-    back = [one for one in since if one.state == "rolled_back" and one.reason != "by the operator"]
+    # A replica that had taken it back before, and has not heard of the operator's word yet, says nothing of the bad one.
+    tried = {one.replica: one.state == "running" for one in looks if broken_at is None or one.at < broken_at}
+    back: list[CanaryLook] = []
+    for one in since:
+        tried[one.replica] = tried.get(one.replica, False) or one.state == "running"
+        if tried[one.replica] and one.state == "rolled_back" and one.reason != "by the operator":
+            back.append(one)
     if broken_at is None or not back:
         most = max(since, key=lambda one: one.failures, default=None)
         seen = f"{most.failures} of {most.turns} turns failed at most" if most else "it did not begin to break"
