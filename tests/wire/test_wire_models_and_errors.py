@@ -1,26 +1,12 @@
-"""Model lists and error bodies that both SDK families read."""
+"""Model lists, and which error goes with which status."""
 
 from __future__ import annotations
 
 import pytest
 
 from claude_wrapper.testing import MODELS
-from claude_wrapper.wire.errorbody import STATUS_OF_TYPE, error_object, type_of_status
+from claude_wrapper.wire.errorbody import STATUS_OF_TYPE, type_of_status
 from claude_wrapper.wire.models import find_model, list_to_wire, model_to_wire
-
-
-def test_an_error_body_satisfies_both_families() -> None:
-    body = error_object("not_found_error", "No such model", "req_1", {"error_code": "gone", "field": "model"})
-    assert body["type"] == "error"
-    assert body["request_id"] == "req_1"
-    assert body["error"] == {
-        "type": "not_found_error",
-        "message": "No such model",
-        "details": {"error_code": "gone", "field": "model"},
-        "code": "gone",
-        "param": "model",
-    }
-    assert "details" not in error_object("api_error", "x", None)["error"]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
-"""Errors as the Anthropic API writes them (wire-api 0.3), in the superset form that OpenAI clients can read too."""
+"""Which error type goes with which HTTP status in the Anthropic API (wire-api 0.3)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 TYPE_OF_STATUS: Mapping[int, str] = {
     400: "invalid_request_error",
@@ -43,18 +42,3 @@ STATUS_OF_TYPE: Mapping[str, int] = {
 def type_of_status(status: int) -> str:
     """The error type for any HTTP status; unlisted ones by their class."""
     return TYPE_OF_STATUS.get(status) or ("invalid_request_error" if 400 <= status < 500 else "api_error")
-
-
-def error_object(
-    error_type: str, message: str, request_id: str | None, details: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """`{"type":"error","error":{type,message,details?,code,param},"request_id"}`.
-
-    `details.error_code` selects the SDK's exception class. `code` and `param` are what OpenAI clients look for.
-    """
-    error: dict[str, Any] = {"type": error_type, "message": message}
-    if details:
-        error["details"] = dict(details)
-    error["code"] = (details or {}).get("error_code")
-    error["param"] = (details or {}).get("field")
-    return {"type": "error", "error": error, "request_id": request_id}
