@@ -71,6 +71,24 @@ def test_the_servers_own_group_is_found_in_version_one_also_inside_a_container()
     ]
 
 
+def test_a_hierarchy_that_is_mounted_twice_is_used_once(tmp_path: Path) -> None:
+    """As beside a second root file system, which has a `/sys` of its own."""
+    (tmp_path / "cgroup.controllers").write_text("io\n")
+    mounts = (
+        f"34 31 0:31 / {tmp_path} rw - cgroup2 cgroup2 rw\n"
+        "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+        f"60 31 0:31 / {tmp_path / 'again'} rw - cgroup2 cgroup2 rw\n"
+        "61 31 0:32 / /other/sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+        "62 31 0:33 / /other/sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n"
+    )
+
+    assert hierarchies(mounts, "0::/\n4:memory:/\n8:pids:/\n") == [
+        Hierarchy(2, frozenset({"io"}), tmp_path),
+        Hierarchy(1, frozenset({"memory"}), Path("/sys/fs/cgroup/memory")),
+        Hierarchy(1, frozenset({"pids"}), Path("/other/sys/fs/cgroup/pids")),
+    ]
+
+
 def test_controllers_are_delegated_downwards_in_version_two(tmp_path: Path) -> None:
     (tmp_path / "cgroup.subtree_control").write_text("")
     tree = open_tree([Hierarchy(2, frozenset({"memory", "pids", "cpu"}), tmp_path)], "77")

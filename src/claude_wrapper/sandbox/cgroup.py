@@ -159,7 +159,8 @@ def settings(hierarchy: Hierarchy, limits: Limits) -> list[tuple[str, str]]:
 
 
 def hierarchies(mountinfo: str, own: str) -> list[Hierarchy]:
-    """Mounted hierarchies from /proc/self/mountinfo and /proc/self/cgroup."""
+    """Mounted hierarchies from /proc/self/mountinfo and /proc/self/cgroup, each once: one that is mounted at several
+    places (a second root file system with a `/sys` of its own) is taken where it is mounted first."""
     groups: dict[str, str] = {}
     for line in own.splitlines():
         _, names, path = line.split(":", 2)
@@ -170,12 +171,13 @@ def hierarchies(mountinfo: str, own: str) -> list[Hierarchy]:
         before, _, after = line.partition(" - ")
         root, mount_point = before.split()[3:5]
         kind, _, options = after.split()[:3]
-        if kind == "cgroup2" and "" in groups:
+        taken = frozenset().union(*(one.controllers for one in found if one.version == 1))
+        if kind == "cgroup2" and "" in groups and not any(one.version == 2 for one in found):
             base = Path(_below(mount_point, root, groups[""]))
             with contextlib.suppress(OSError):
                 offered = frozenset((base / "cgroup.controllers").read_text().split())
                 found.append(Hierarchy(2, offered, base))
-        elif kind == "cgroup" and (wanted := frozenset(options.split(",")) & frozenset(_CONTROLLERS)):
+        elif kind == "cgroup" and (wanted := frozenset(options.split(",")) & frozenset(_CONTROLLERS) - taken):
             path = groups.get(min(wanted), "/")
             found.append(Hierarchy(1, wanted, Path(_below(mount_point, root, path))))
     return found
