@@ -238,3 +238,22 @@ async def test_retries_of_a_credential_are_bounded_in_the_long_run(tmp_path: Pat
             await waking(world, asking)
             assert (await asking)[0] == 429
         assert len(upstream.requests) == 5 + 2
+
+
+async def test_a_row_that_takes_longer_than_it_is_waited_for_is_no_error(tmp_path: Path) -> None:
+    """The database is away for a while, or the whole server was stopped for longer than the deadline: the sink goes on."""
+    async with timed(tmp_path, pieces(STREAM, STOP), finish_seconds=0.01) as (world, process, _):
+        came = asyncio.Event()
+
+        async def pause(point: str) -> None:
+            if point == "record":
+                came.set()
+                await asyncio.Event().wait()
+
+        world.books.pause = pause
+        assert await ask(process) == (200, STREAM + STOP)
+        await came.wait()
+        while not world.noted.lates:
+            await asyncio.sleep(0)
+        assert (world.noted.lates, world.noted.faults) == (["record a call"], [])
+        assert len(world.books.settled) == 1

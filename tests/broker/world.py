@@ -76,6 +76,7 @@ class Books:
 class Noted(Observer):
     def __init__(self) -> None:
         self.faults: list[tuple[str, BaseException]] = []
+        self.lates: list[str] = []
         self.retries: list[tuple[int, int, float]] = []
         self.breakers: list[str] = []
         self.spent: list[int] = []
@@ -88,6 +89,9 @@ class Noted(Observer):
 
     def fault(self, where: str, error: BaseException) -> None:
         self.faults.append((where, error))
+
+    def late(self, where: str) -> None:
+        self.lates.append(where)
 
     def retrying(self, binding: Binding, attempt: int, status: int, delay: float) -> None:
         self.retries.append((attempt, status, delay))

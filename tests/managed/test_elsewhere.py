@@ -16,6 +16,7 @@ from claude_wrapper.errors import StorageUnavailable
 from claude_wrapper.sandbox.port import Level
 from claude_wrapper.sandbox.probe import probe
 from claude_wrapper.sessions.conversation import Conversation
+from claude_wrapper.sessions.restoring import tell
 from claude_wrapper.sessions.snapshots import rows
 from managed.driving import history, message, new_session, texts, turn
 from running_server import KEY, Running, running
@@ -143,6 +144,20 @@ async def test_a_blob_store_that_fails_costs_no_turn_and_a_damaged_snapshot_fall
         said = await turn(client, session, shell("cat file"))
         assert "three" in printed(said), "the one before was taken after the same turn, before the process ended"
         assert [text for text in errors(await history(client, session)) if "is damaged" in text]
+
+
+async def test_the_log_of_a_session_that_is_over_stays_as_it_is(reachable_tmp_path: Path) -> None:
+    """A save that fails while the session is archived has nobody to tell."""
+    async with running(reachable_tmp_path, **shared(reachable_tmp_path)) as server, sdk(server) as client:
+        session = (await new_session(client, tools=TOOLS)).id
+        await turn(client, session, shell("echo hello > file"))
+        conversation, books = held(server, session), server.server.sessions.books
+        await tell(books, conversation, "told in time")
+        await client.beta.sessions.archive(session)
+        over = await history(client, session)
+        await tell(books, conversation, "too late")
+        assert [one.id for one in await history(client, session)] == [one.id for one in over]
+        assert sum(one.type == "session.error" for one in over) == 1
 
 
 async def test_a_hibernated_session_leaves_nothing_here_and_comes_back(reachable_tmp_path: Path) -> None:

@@ -77,6 +77,35 @@ async def test_a_process_that_dies_while_it_waits_costs_nothing(client: AsyncAnt
     assert kinds.count("agent.tool_result") == 1
 
 
+@pytest.mark.parametrize("given_up", [True, False], ids=["given up", "drain"])
+async def test_an_answer_that_comes_while_a_waiting_turn_is_ended_is_not_lost(
+    client: AsyncAnthropic, server: Running, monkeypatch: pytest.MonkeyPatch, *, given_up: bool
+) -> None:
+    """The answer is in the log, and before its runner looks the server drains, or gives the waiting process up."""
+    sessions = server.server.sessions
+    session = (await new_session(client, tools=[WEATHER])).id
+    asked = await turn(client, session, message('[[tool mcp__client__get_weather {"city":"Rome"}]] [[then]]'))
+    call = next(event.id for event in asked if event.type == "agent.custom_tool_use")
+    conversation = server.server.conversations.find(session)
+    assert conversation is not None
+    sunny = [{"type": "text", "text": "sunny in Rome"}]
+    answer = {"type": "user.custom_tool_result", "custom_tool_use_id": call, "content": sunny}
+    async with await client.beta.sessions.events.stream(session) as stream:
+        with monkeypatch.context() as unseen:
+            unseen.setattr(sessions, "start", lambda *_: None)
+            await client.beta.sessions.events.send(session, events=[answer])
+        if given_up:
+            await conversation.suspend()
+            await conversation.settled()
+            await client.beta.sessions.retrieve(session)  # looks after it
+        else:
+            sessions._runners[session].drain()
+        rest = await until_idle(stream)
+    assert "sunny in Rome" in texts(rest)[-1]
+    assert rest[-1].stop_reason.type == "end_turn"
+    assert len(server.upstream.calls) == 2, "the message that called is not paid again"
+
+
 async def test_what_failed_turns_left_unanswered_is_told_once(client: AsyncAnthropic, server: Running) -> None:
     session = (await new_session(client)).id
     for number in range(3):

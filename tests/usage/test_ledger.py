@@ -119,6 +119,29 @@ async def test_usage_of_a_turn_during_which_the_database_goes_away_is_not_lost(
     assert ledger.counts.spilled == 6
 
 
+async def test_a_caller_that_stops_waiting_takes_no_row_along_not_even_while_prices_are_read(
+    ledger: Ledger, switched: Switched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, go = asyncio.Event(), asyncio.Event()
+    priced = ledger._prices.priced
+
+    async def slow(*asked: Any) -> Any:
+        read.set()
+        await go.wait()
+        return await priced(*asked)
+
+    monkeypatch.setattr(ledger._prices, "priced", slow)
+    recording = asyncio.create_task(ledger.record(Call("call_1")))
+    await read.wait()
+    recording.cancel()
+    await asyncio.wait({recording})
+    assert ledger.pending == 1
+    go.set()
+    await ledger.flush()
+    assert [row["id"] for row in await rows(switched)] == ["call_1"]
+    assert ledger.pending == 0
+
+
 async def test_a_commit_of_unknown_outcome_is_written_again_and_counts_once(ledger: Ledger, switched: Switched) -> None:
     switched.forgetful = True
     await ledger.record(Call("call_1"))

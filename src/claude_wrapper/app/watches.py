@@ -361,6 +361,9 @@ class Calls(Observer):
         self._metrics.mcp_calls.inc(step=step, outcome=outcome)
         self._metrics.mcp_call_seconds.observe(seconds, step=step)
 
+    def late(self, where: str) -> None:
+        log.warning("broker.late", where=where)
+
     def fault(self, where: str, error: BaseException) -> None:
         log.error("broker.failed", where=where, exc_info=error)
 
@@ -378,6 +381,9 @@ class CountedSink(CallSink):
         self._models = models
 
     async def record(self, call: UpstreamCall) -> None:
+        row = asyncio.ensure_future(
+            self._ledger.record(call)
+        )  # first: whoever waits no longer costs a figure, not a row
         model = self._models.label(call.model)
         for kind, count in tokens(call.usage):
             if count:
@@ -387,7 +393,7 @@ class CountedSink(CallSink):
         micros = await self._prices.micros(call.org, call.model, call.usage, call.started_at)
         if micros:
             self._metrics.cost.inc(micros / _DOLLAR, model=model, org=call.org)
-        await self._ledger.record(call)
+        await row
 
     async def _saved(self, call: UpstreamCall) -> None:
         kind = "token_count" if call.path.endswith("/count_tokens") else "upstream"

@@ -179,7 +179,7 @@ class CallSink(Protocol):
     """Where calls are written down: the ledger."""
 
     async def record(self, call: UpstreamCall) -> None:
-        """Called exactly once per call that was sent."""
+        """Called exactly once per call that was sent. A caller that stops waiting does not take the call with it."""
         ...
 
 
@@ -218,6 +218,9 @@ class Observer:
 
     def mcp_message(self, method: str, outcome: str, seconds: float) -> None:
         """A message that the server sent to a remote MCP server for a process; `outcome` is one of `bridge.Outcome`."""
+
+    def late(self, where: str) -> None:
+        """Something takes longer than it is waited for; it goes on."""
 
     def fault(self, where: str, error: BaseException) -> None:
         """Something raised that should not have; the call was answered with an error."""

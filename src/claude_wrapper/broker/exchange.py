@@ -8,7 +8,7 @@ sent is recorded once.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
@@ -295,16 +295,23 @@ class Exchange:
             if reservation is not None:
                 await self._bounded("settle", reservation.settle(call) if call.attempts else reservation.cancel())
             if call.attempts or call.cache_hit:
-                await self._bounded("record", means.sink.record(call))
+                await self._bounded("record", means.sink.record(call), goes_on=True)
             means.observer.finished(call)
         finally:
             self._finished.set()
             self._booked(self)
 
-    async def _bounded(self, what: str, work: object) -> None:
+    async def _bounded(self, what: str, work: Awaitable[object], *, goes_on: bool = False) -> None:
+        """`goes_on`: what takes longer (the database is away, or the whole server was stopped and finds its deadline past)
+        is not lost by not being waited for."""
         try:
             async with asyncio.timeout(self._means.settings.finish_seconds):
-                await work  # type: ignore[misc]
+                await work
+        except TimeoutError as error:
+            if goes_on:
+                self._means.observer.late(f"{what} a call")
+            else:
+                self._means.observer.fault(f"{what} a call", error)
         except Exception as error:  # noqa: BLE001 (the other half of the books must still be kept)
             self._means.observer.fault(f"{what} a call", error)
 

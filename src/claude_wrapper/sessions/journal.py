@@ -533,7 +533,8 @@ class SessionJournal:
     ) -> list[Stored]:
         books, principal, session_id = self._books, self._principal, self.session.id
         session = await records.get_held(tx, principal, session_id, self.fence)
-        waits = bool(session.awaited) and (end.suspended or not end.interrupted)
+        owed = bool(session.awaited) or (end.suspended and await self._unheard(tx, turn))
+        waits = owed and (end.suspended or not end.interrupted)
         if session.ended or waits or (turn.lost and not end.interrupted):
             # The process is gone. What the client owes, or has answered while the process went, is for the next one.
             await records.change_session(tx, principal, session_id, **_worked(turn, session, end, books))
@@ -547,6 +548,14 @@ class SessionJournal:
         stored, mark = await books.log.write_with(tx, principal, session_id, events, values, fence=self.fence)
         self._keep(turn, None if queued else _after(session, values), end, mark)
         return stored
+
+    async def _unheard(self, tx: AsyncConnection, turn: _Turn) -> bool:
+        """Whether the client has answered a call of the turn that its process was not given any more."""
+        calls = await records.calls_of(tx, self._principal, self.session.id) if turn.open_calls else []
+        return any(
+            call.tool_use_id in turn.open_calls and call.answer is not None and "cancelled" not in call.answer
+            for call in calls
+        )
 
     def _closing(
         self, turn: _Turn, session: Session, end: TurnEnd, *, queued: bool

@@ -44,6 +44,10 @@ _FIRST_RETRY: Final = 2.0
 _LAST_RETRY: Final = 120.0
 
 
+class _Moved(StorageUnavailable):
+    """A process that went away under the save took its files along."""
+
+
 class KeepingWatch:
     """What is told to telemetry. This one tells nobody."""
 
@@ -334,7 +338,8 @@ class SnapshotKeeper(Keeper):
         else:
             keeping.failures += 1
             log.warning("snapshot.behind", session=session, failures=keeping.failures, reason=error.message)
-            await self._tell_once(keeping, f"The workspace is not stored yet: {error.message}", "retrying")
+            if not isinstance(error, _Moved):  # it is tried again where they are now: nobody needs to hear of it
+                await self._tell_once(keeping, f"The workspace is not stored yet: {error.message}", "retrying")
 
     async def _wait(self, seconds: float, again: asyncio.Event) -> None:
         waiting = {asyncio.ensure_future(self._books.clock.sleep(seconds)), asyncio.ensure_future(again.wait())}
@@ -405,8 +410,8 @@ class SnapshotKeeper(Keeper):
         async def guard(tx: AsyncConnection) -> None:
             keeping.committing = True
             await still_held(tx, conversation)
-            if not await asyncio.to_thread(home.exists):  # a process that went away under the save took its files along
-                raise StorageUnavailable(f"the files of session {conversation.session} moved while they were saved")
+            if not await asyncio.to_thread(home.exists):
+                raise _Moved(f"the files of session {conversation.session} moved while they were saved")
 
         return guard
 

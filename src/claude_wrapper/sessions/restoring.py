@@ -149,14 +149,17 @@ class Restorer:
 
 
 async def tell(books: Books, conversation: Keepable, message: str, retry: str = "exhausted") -> None:
-    """A `session.error` in the log; the turn goes on."""
-    if not durable(conversation):
+    """A `session.error` in the log; the turn goes on. The log of a session that is over stays as it is."""
+    journal = conversation.journal
+    if not isinstance(journal, SessionJournal):
         return
     principal = acting(conversation.owner)
     event: dict[str, Any] = {"type": "session.error", "error": dict(error_event("unknown_error", message, retry))}
     try:
         async with books.db.transaction() as tx:
-            await still_held(tx, conversation)
+            present = await records.get_held(tx, principal, conversation.session, journal.fence)
+            if present.ended:
+                return
             stored = await books.log.write(tx, principal, conversation.session, [event])
         await books.log.publish(conversation.session, stored)
     except (NotFound, LeaseLost, StorageUnavailable) as error:

@@ -384,7 +384,7 @@ class Runner:
                 journal.hand_over()
                 if not leg.started.done():
                     leg.hang_up()
-            if self._closing or (self._draining and waiting):
+            if self._closing:
                 await conversation.suspend()
             async with self._books.db.read() as tx:
                 session = await records.get_session(tx, self.principal, self._session)
@@ -395,6 +395,8 @@ class Runner:
             if waiting and not session.awaited:
                 conversation.allow_seconds(seconds)
             waiting = bool(session.awaited)
+            if self._draining and waiting:  # as it is now: one that was answered a moment ago runs to its end here
+                await conversation.suspend()
             if session.ended:
                 await self._stop(conversation, journal, leg)
             elif interrupts:

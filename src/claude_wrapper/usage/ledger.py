@@ -83,6 +83,7 @@ class Ledger:
         self._clock = clock
         self._settings = settings or LedgerSettings()
         self.counts = counts or LedgerCounts()
+        self._pricing: set[asyncio.Task[None]] = set()
         self._queue: deque[_Waiting] = deque()
         self._writer: asyncio.Task[None] | None = None
         self._writing: list[_Waiting] = []
@@ -92,26 +93,36 @@ class Ledger:
     @property
     def pending(self) -> int:
         """Rows that are neither in the database nor on the disk."""
-        return len(self._queue) + len(self._writing) + len(self._in_memory)
+        return len(self._pricing) + len(self._queue) + len(self._writing) + len(self._in_memory)
 
     async def record(self, call: Call) -> None:
         """Write one finished call. Returns when it is safe; a caller that is cancelled does not take the row with it.
 
         Raises StorageUnavailable if neither the database nor the disk took it (it is kept in memory and tried again).
         """
-        priced = await self._prices.priced(call.org or "", call.model or "", call.usage, call.started_at)
-        saved = 0
-        if call.cache_hit:
-            saved = await self._prices.micros(call.org or "", call.model or "", call.saved, call.started_at)
-        waiting = _Waiting(row_of(call, priced, saved))
-        self._queue.append(waiting)
+        task = asyncio.get_running_loop().create_task(self._record(call))
+        self._pricing.add(task)
+        await asyncio.shield(task)
+
+    async def _record(self, call: Call) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - started by `record`
+        try:
+            priced = await self._prices.priced(call.org or "", call.model or "", call.usage, call.started_at)
+            saved = 0
+            if call.cache_hit:
+                saved = await self._prices.micros(call.org or "", call.model or "", call.saved, call.started_at)
+            waiting = _Waiting(row_of(call, priced, saved))
+            self._queue.append(waiting)
+        finally:
+            self._pricing.discard(task)
         self._ensure_writer()
-        await asyncio.shield(waiting.done)
+        await waiting.done
 
     async def flush(self) -> None:
         """Return when everything recorded so far is safe."""
-        while self._writer is not None:
-            await asyncio.shield(self._writer)
+        while self._pricing or self._writer is not None:
+            await (asyncio.wait(self._pricing) if self._writer is None else asyncio.shield(self._writer))
 
     async def drain(self) -> int:
         """Bring what waits in memory and on the disk into the database; how many rows. Raises StorageUnavailable."""
