@@ -61,6 +61,17 @@ def test_what_an_earlier_turn_left_unanswered_is_sent_again_with_it() -> None:
     assert found.content == [text("and this"), text("and that")]
 
 
+def test_a_question_after_a_turn_that_failed_at_a_call_is_not_taken_for_that_calls_result() -> None:
+    """The new question carries the result that the failed turn lacked; its server dies before the model's first word."""
+    lost = {"type": "tool_result", "tool_use_id": "t1", "content": "lost", "is_error": True}
+    messages = [ASKED, Message("assistant", [use(1)]), Message("user", [lost, text("and now this")])]
+    for call in (Call("t1"), Call("t1", "custom", {"cancelled": True}), ran(1)):
+        found = continuation(messages, [call], texts=None, start=2)
+        assert (found.how, found.position) == (How.AGAIN, 2)
+        assert list(found.history) == messages[:2]
+        assert found.content == [lost, text("and now this")]
+
+
 def test_a_whole_answer_is_not_asked_for_twice() -> None:
     assert continuation([ASKED, Message("assistant", [text("done")])], [], texts=None).how is How.FINISHED
 

@@ -227,7 +227,8 @@ class Runner:
             await records.guard(tx, principal, self._session, journal.fence)
             messages = await records.load_messages(tx, principal, self._session)
             unfinished = await books.log.unfinished(tx, principal, self._session)
-            found = continuation(messages, calls, texts=None if unfinished is None else unfinished.texts)
+            texts = None if unfinished is None else unfinished.texts
+            found = continuation(messages, calls, texts=texts, start=turn.get("start"))
             await records.cut_messages(tx, principal, self._session, found.position)
             if found.last is not None:
                 await records.save_messages(tx, principal, self._session, {found.position - 1: found.last})

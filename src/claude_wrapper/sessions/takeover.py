@@ -74,8 +74,11 @@ class Continuation:
     """Calls of it that may have run."""
 
 
-def continuation(messages: Sequence[Message], calls: Sequence[CallView], *, texts: int | None) -> Continuation:
-    """`texts`: how many texts the log has of the model message in flight; None: no model message was in flight."""
+def continuation(
+    messages: Sequence[Message], calls: Sequence[CallView], *, texts: int | None, start: int | None = None
+) -> Continuation:
+    """`texts`: how many texts the log has of the model message in flight; None: no model message was in flight.
+    `start`: where the turn's own question stands."""
     known = {call.tool_use_id for call in calls}
     kept, last = list(messages), None
     if texts is not None and kept and kept[-1].role == "assistant":
@@ -93,6 +96,8 @@ def continuation(messages: Sequence[Message], calls: Sequence[CallView], *, text
         if texts is None:
             return Continuation(How.FINISHED, at + 1)
         return Continuation(How.ONWARD, at + 1, last, tuple(kept), [{"type": "text", "text": ONWARD}])
+    if at == start:  # it may carry results for what an earlier turn, which failed, had called: that turn is over
+        return _again(kept, at)
     results = {str(block.get("tool_use_id")) for block in blocks_of(kept[at].content)}
     asked = calls_in(kept[at - 1]) if at else []
     outputs = {call.tool_use_id for call in calls if "output" in (call.answer or {})}
