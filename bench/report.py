@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ def table(console: Console, result: dict[str, Any]) -> None:
 
 
 def write_docs() -> None:
-    """`docs/benchmarks.md` and its picture, from the JSON of the last run of every suite.
+    """`docs/benchmarks.md` and its picture, from the JSON of the last run of every suite. What the page says of suites
+    without results here stays, with its date.
 
     Raises FileNotFoundError when there are no results.
     """
@@ -79,9 +80,12 @@ def write_docs() -> None:
     ]
     if not results:
         raise FileNotFoundError(f"there are no results in {RESULTS}; run `make bench` first")
-    PAGE.write_text(_page(results), encoding="utf-8")
+    before = PAGE.read_text(encoding="utf-8").split("\n## ")[1:] if PAGE.exists() else []
+    kept = {section.partition("\n")[0]: section for section in before}
+    PAGE.write_text(_page(results, kept), encoding="utf-8")
     bars = [_bar(row) for result in results if result["suite"] == "engine" for row in result["figures"] if row["floor"]]
-    PICTURE.write_text(picture.ratios(bars, "The engine against the raw CLI (1 = the raw CLI)"), encoding="utf-8")
+    if bars:
+        PICTURE.write_text(picture.ratios(bars, "The engine against the raw CLI (1 = the raw CLI)"), encoding="utf-8")
 
 
 def _bar(row: dict[str, Any]) -> picture.Bar:
@@ -90,7 +94,8 @@ def _bar(row: dict[str, Any]) -> picture.Bar:
     return picture.Bar(row["name"], ours / floor, told, more_is_better=row["compare"] == "rate")
 
 
-def _page(results: Sequence[dict[str, Any]]) -> str:
+def _page(results: Sequence[dict[str, Any]], kept: Mapping[str, str]) -> str:
+    """`kept`: sections that the page had, by their titles."""
     machine = results[0]["machine"]
     lines = [
         "# Benchmarks",
@@ -110,11 +115,19 @@ def _page(results: Sequence[dict[str, Any]]) -> str:
         "",
         f"![Ours against the raw CLI]({PICTURE.name})",
     ]
-    for result in results:
-        lines += ["", f"## {TITLES[result['suite']]}", "", _circumstances(result), "", *_rows(result)]
-        notes = [f"* {row['name']}: {row['note']}." for row in result["figures"] if row["note"]]
-        lines += ["", *notes] if notes else []
+    measured = {result["suite"]: result for result in results}
+    for suite, title in TITLES.items():
+        if suite in measured:
+            lines += ["", *_section(measured[suite])]
+        elif title in kept:
+            lines += ["", "## " + kept[title].rstrip()]
     return "\n".join(lines) + "\n"
+
+
+def _section(result: dict[str, Any]) -> list[str]:
+    lines = [f"## {TITLES[result['suite']]}", "", _circumstances(result), "", *_rows(result)]
+    notes = [f"* {row['name']}: {row['note']}." for row in result["figures"] if row["note"]]
+    return [*lines, "", *notes] if notes else lines
 
 
 def _circumstances(result: dict[str, Any]) -> str:
