@@ -381,9 +381,8 @@ class CountedSink(CallSink):
         self._models = models
 
     async def record(self, call: UpstreamCall) -> None:
-        row = asyncio.ensure_future(
-            self._ledger.record(call)
-        )  # first: whoever waits no longer costs a figure, not a row
+        # Before anything is waited for: a caller that gives up costs a figure, not a row.
+        row = asyncio.ensure_future(self._ledger.record(call))
         model = self._models.label(call.model)
         for kind, count in tokens(call.usage):
             if count:

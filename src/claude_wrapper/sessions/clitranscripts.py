@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from claude_wrapper.errors import InvalidRequest, NotFound
 from claude_wrapper.ids import is_uuid
@@ -29,17 +29,13 @@ _TAIL: Final = 4 << 20
 def has_transcript(home: Path, uuid: str, *, last: str | None = None) -> bool:
     """Whether the home holds the transcript with this id; with `last`, whether it has this line near its end."""
     with _transcript(home, uuid) as found:
-        if found is None:
+        if found is None or last is None:
+            return found is not None
+        file = _open(*found)
+        if file is None:
             return False
-        if last is None:
-            return True
-        directory, name = found
-        try:
-            descriptor = os.open(name, _READ, dir_fd=directory)
-        except OSError:
-            return False
-        with os.fdopen(descriptor, "rb") as file:
-            size = os.fstat(descriptor).st_size
+        with file:
+            size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - _TAIL))
             return last.encode() in file.read(_TAIL)
 
@@ -87,12 +83,10 @@ def read_transcript(home: Path, uuid: str, max_bytes: int) -> bytes | None:
     with _transcript(home, uuid) as found:
         if found is None:
             return None
-        directory, name = found
-        try:
-            descriptor = os.open(name, _READ, dir_fd=directory)
-        except OSError:
+        file = _open(*found)
+        if file is None:
             return None
-        with os.fdopen(descriptor, "rb") as file:
+        with file:
             content = file.read(max_bytes + 1)
     return content if len(content) <= max_bytes else None
 
@@ -131,6 +125,14 @@ def _transcript(home: Path, uuid: str) -> Iterator[tuple[int, str] | None]:
             finally:
                 os.close(directory)
         yield None
+
+
+def _open(directory: int, name: str) -> BinaryIO | None:
+    """The file, to be read; None when it cannot be."""
+    try:
+        return os.fdopen(os.open(name, _READ, dir_fd=directory), "rb")
+    except OSError:
+        return None
 
 
 def _is_file(name: str, directory: int) -> bool:
