@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,26 @@ def place(request: pytest.FixtureRequest, reachable_tmp_path: Path) -> Iterator[
     yield Place(postgres.url(name), settings, environment, apart=True)
     s3.stop()
     postgres.drop(name)
+
+
+@asynccontextmanager
+async def holder(
+    place: Place, root: Path
+) -> AsyncIterator[tuple[ScriptedUpstream, Replica, Callable[[], Awaitable[Replica]]]]:
+    """The upstream, a server, and what gives the one that goes on when it has been killed."""
+    async with AsyncExitStack() as stack:
+        upstream = await stack.enter_async_context(ScriptedUpstream())
+
+        async def server(name: str) -> Replica:
+            started = replica(root / name, upstream, environment=place.environment, **place.settings)
+            return await stack.enter_async_context(started)
+
+        old, *others = await asyncio.gather(*map(server, ["one", "other"] if place.apart else ["one"]))
+
+        async def next_holder() -> Replica:
+            return others[0] if others else await server("one")
+
+        yield upstream, old, next_holder
 
 
 async def _migrated(url: str) -> None:
@@ -141,16 +161,7 @@ WRITE_THEN_ASK = {
 async def test_a_holder_that_is_killed_while_its_turn_waits_for_an_approval_leaves_the_files(
     place: Place, reachable_tmp_path: Path, prompt: str, *, saved: bool
 ) -> None:
-    async with AsyncExitStack() as stack:
-        upstream = await stack.enter_async_context(ScriptedUpstream())
-
-        async def server(name: str) -> Replica:
-            started = replica(reachable_tmp_path / name, upstream, environment=place.environment, **place.settings)
-            return await stack.enter_async_context(started)
-
-        names = ["one", "other"] if place.apart else ["one"]
-        old, *others = await asyncio.gather(*map(server, names))
-        client = await stack.enter_async_context(old.sdk())
+    async with holder(place, reachable_tmp_path) as (_upstream, old, next_holder), old.sdk() as client:
         session = (await new_session(client, tools=[READ_ASKS])).id
         await say(client, session, prompt)
         seen = await turn_seen(old, session, "0")
@@ -160,12 +171,12 @@ async def test_a_holder_that_is_killed_while_its_turn_waits_for_an_approval_leav
             await stored(place.database_url, session)
         old.signal(signal.SIGKILL)
         await old.gone()
-        new = others[0] if others else await server("one")
-        async with new.sdk() as client:
+        new = await next_holder()
+        async with new.sdk() as after:
             allow: Any = {"type": "user.tool_confirmation", "tool_use_id": asked, "result": "allow"}
-            await client.beta.sessions.events.send(session, events=[allow])
+            await after.beta.sessions.events.send(session, events=[allow])
             await turn_seen(new, session, [one.cursor for one in seen if one.cursor][-1])
-            log = await history(client, session)
+            log = await history(after, session)
     told = [one.error.message for one in log if one.type == "session.error"]
     results = [block.text for one in log if one.type == "agent.tool_result" for block in one.content]
     assert sum(one.type == "agent.tool_use" for one in log) == 2
@@ -181,16 +192,7 @@ async def test_a_holder_that_is_killed_while_its_turn_waits_for_an_approval_leav
 
 
 async def test_a_killed_holders_turn_and_files_go_on_elsewhere(place: Place, reachable_tmp_path: Path) -> None:
-    async with AsyncExitStack() as stack:
-        upstream = await stack.enter_async_context(ScriptedUpstream())
-
-        async def server(name: str) -> Replica:
-            started = replica(reachable_tmp_path / name, upstream, environment=place.environment, **place.settings)
-            return await stack.enter_async_context(started)
-
-        names = ["one", "other"] if place.apart else ["one"]
-        old, *others = await asyncio.gather(*map(server, names))
-        client = await stack.enter_async_context(old.sdk())
+    async with holder(place, reachable_tmp_path) as (upstream, old, next_holder), old.sdk() as client:
         session = (await new_session(client, tools=TOOLS)).id
         write = bash("echo of the plum > note; chmod 640 note")
         await client.beta.sessions.events.send(session, events=[write])
@@ -205,10 +207,10 @@ async def test_a_killed_holders_turn_and_files_go_on_elsewhere(place: Place, rea
         await upstream.wait_for(calls + 1)
         old.signal(signal.SIGKILL)
         await old.gone()
-        new = others[0] if others else await server("one")
+        new = await next_holder()
         seen += await turn_seen(new, session, [one.cursor for one in seen if one.cursor][-1])
-        async with new.sdk() as client:
-            log = await history(client, session)
+        async with new.sdk() as after:
+            log = await history(after, session)
     kept = [one.body["id"] for one in seen if one.cursor]
     assert kept == [one.id for one in log], "every event once, in the log's order"
     said = texts(log)
